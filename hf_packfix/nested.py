@@ -1,0 +1,51 @@
+"""Finding the PackedSequences in a nested batch, and replacing them.
+
+A batch is any nesting of mappings, lists and tuples, as ``Trainer._prepare_input`` walks it. A
+PackedSequence is a leaf: nothing here looks into its fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.nn.utils.rnn import PackedSequence
+
+__all__ = ["contains", "is_namedtuple", "rebuild", "replace"]
+
+
+def contains(tree: Any) -> bool:
+    """Tell whether there is a PackedSequence anywhere in ``tree``."""
+    if isinstance(tree, (tuple, list)):
+        return isinstance(tree, PackedSequence) or any(map(contains, tree))
+    if isinstance(tree, Mapping):
+        return any(map(contains, tree.values()))
+    return False
+
+
+def replace(function: Callable[[PackedSequence], Any], tree: Any) -> Any:
+    """Return ``tree`` with every PackedSequence ``p`` replaced by ``function(p)``.
+
+    Containers on the way to one are rebuilt in their own type; everything else, and a tree without a
+    PackedSequence, comes back as the same object.
+    """
+    if isinstance(tree, PackedSequence):
+        return function(tree)
+    if isinstance(tree, (tuple, list)):
+        items = [replace(function, item) for item in tree]
+        return tree if all(new is old for new, old in zip(items, tree, strict=True)) else rebuild(tree, items)
+    if isinstance(tree, Mapping):
+        values = {key: replace(function, value) for key, value in tree.items()}
+        unchanged = all(values[key] is value for key, value in tree.items())
+        return tree if unchanged else type(tree)(values)  # type: ignore[call-arg]
+    return tree
+
+
+def is_namedtuple(value: tuple[Any, ...]) -> bool:
+    """Tell a named tuple, whose constructor takes its fields, from a tuple, whose takes an iterable."""
+    return hasattr(value, "_fields")
+
+
+def rebuild(like: Any, items: list[Any]) -> Any:
+    """Return a list, tuple or named tuple of the type of ``like`` that holds ``items``."""
+    return type(like)(*items) if is_namedtuple(like) else type(like)(items)

@@ -1,0 +1,232 @@
+"""One PackedSequence is one leaf that stands for B sequences.
+
+Everything the patches do rests on the pure functions of this module. "Original order" is the order in
+which the rows were handed to ``pack_sequence``; a packed ``data`` tensor holds them sorted by length and
+interleaved by step, so neither its rows nor its order mean anything to a caller.
+
+Shapes: B sequences, T steps in the longest one, N steps in all (the sum of the lengths), ``*`` any
+trailing dimensions. ``batch_sizes`` is an int64 CPU tensor ``[T]`` and the index tensors are int64 ``[B]``
+on the device of ``data`` (``torch/nn/utils/rnn.py``, class ``PackedSequence``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+__all__ = [
+    "PackedSequence",
+    "batch_size",
+    "concatenate",
+    "from_flat",
+    "lengths",
+    "num_tokens",
+    "pad",
+    "same_packing",
+    "take",
+    "to_flat",
+    "with_data",
+]
+
+
+def batch_size(packed: PackedSequence) -> int:
+    """Return B, the number of sequences."""
+    batch_sizes = packed.batch_sizes
+    return int(batch_sizes[0]) if batch_sizes.numel() else 0
+
+
+def num_tokens(packed: PackedSequence) -> int:
+    """Return N, the number of real steps over all sequences; trailing dimensions do not count."""
+    return packed.data.shape[0]
+
+
+def lengths(packed: PackedSequence) -> Tensor:
+    """Return the length of every sequence in original order: int64 ``[B]`` on the CPU."""
+    by_rank = _lengths_by_rank(packed)
+    return by_rank if packed.unsorted_indices is None else by_rank[packed.unsorted_indices.cpu()]
+
+
+def pad(packed: PackedSequence, padding_value: float = 0.0, total_length: int | None = None) -> Tensor:
+    """Return the rectangle ``[B, T, *]``: batch first, original order, dtype and device of ``data``.
+
+    Args:
+        packed: the sequences.
+        padding_value: what stands behind the end of a sequence, in the dtype of ``data``.
+        total_length: the second dimension of the result, at least T; T by default.
+
+    Raises:
+        ValueError: ``total_length`` is smaller than T, or the fields of ``packed`` contradict each other.
+    """
+    check(packed)
+    steps = packed.batch_sizes.numel()
+    if total_length is not None and total_length < steps:
+        raise ValueError(f"total_length is {total_length}, but the longest sequence has {steps} steps")
+    shape = (batch_size(packed), steps if total_length is None else total_length, *packed.data.shape[1:])
+    rectangle = packed.data.new_full(shape, padding_value)
+    if num_tokens(packed) == 0:
+        return rectangle
+    # Written by index rather than with `pad_packed_sequence`: it keeps every dtype, bool included, goes
+    # through autograd, and takes the same path for a `total_length`.
+    rows, steps_of = _positions(packed)
+    return rectangle.index_put((rows.to(packed.data.device), steps_of.to(packed.data.device)), packed.data)
+
+
+def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
+    """Return the same packing around other ``data`` ``[N, *]``; index tensors follow its device.
+
+    Every field that must move is moved once, ``batch_sizes`` stays where it is, and the very same object
+    comes back when nothing changes.
+    """
+    device = data.device
+    sorted_indices = _follow(packed.sorted_indices, device)
+    unsorted_indices = _follow(packed.unsorted_indices, device)
+    if (
+        data is packed.data
+        and sorted_indices is packed.sorted_indices
+        and unsorted_indices is packed.unsorted_indices
+    ):
+        return packed
+    return type(packed)(data, packed.batch_sizes, sorted_indices, unsorted_indices)
+
+
+def same_packing(first: PackedSequence, second: PackedSequence) -> bool:
+    """Tell whether row i of both ``data`` tensors is the same step of the same sequence."""
+    if not torch.equal(first.batch_sizes, second.batch_sizes):
+        return False
+    if first.sorted_indices is None or second.sorted_indices is None:
+        return torch.equal(_rank(first), _rank(second))
+    return torch.equal(first.sorted_indices, second.sorted_indices.to(first.sorted_indices.device))
+
+
+def to_flat(packed: PackedSequence) -> tuple[Tensor, Tensor]:
+    """Return the sequences one after the other, in original order, and their lengths.
+
+    Returns:
+        ``flat`` ``[N, *]`` on the device of ``data``, and ``lengths`` int64 ``[B]`` on the CPU.
+    """
+    return _gather(packed, _rank(packed))
+
+
+def from_flat(flat: Tensor, lengths: Tensor, *, keep_order: bool = False) -> PackedSequence:
+    """Pack sequences that stand one after the other; the inverse of :func:`to_flat`.
+
+    The result equals ``pack_sequence(sequences, enforce_sorted=False)`` field by field, without the
+    rectangle that torch builds on the way.
+
+    Args:
+        flat: ``[N, *]``, the sequences one after the other.
+        lengths: int64 ``[B]`` on the CPU, summing to N, each at least 1.
+        keep_order: where the lengths do not increase, leave both index tensors ``None``, as
+            ``enforce_sorted=True`` does.
+
+    Raises:
+        ValueError: a length is below 1, or the lengths do not sum to N.
+    """
+    if int(lengths.sum()) != flat.shape[0] or (lengths.numel() and int(lengths.min()) < 1):
+        raise ValueError(
+            f"lengths must be at least 1 and sum to the {flat.shape[0]} rows of flat, found {lengths.tolist()}"
+        )
+    if lengths.numel() == 0:
+        return PackedSequence(flat, lengths.new_zeros(0), None if keep_order else lengths.to(flat.device))
+    starts = lengths.cumsum(0) - lengths
+    if keep_order and bool((lengths[:-1] >= lengths[1:]).all()):
+        by_rank, sorted_indices = lengths, None
+    else:
+        by_rank, sorted_indices = torch.sort(lengths, descending=True)
+        starts = starts[sorted_indices]
+    step = torch.arange(int(by_rank[0]))[:, None]
+    real = step < by_rank
+    source = (starts + step)[real]
+    return PackedSequence(
+        flat.index_select(0, source.to(flat.device)),
+        real.sum(1),
+        None if sorted_indices is None else sorted_indices.to(flat.device),
+    )
+
+
+def take(packed: PackedSequence, which: slice | Sequence[int]) -> PackedSequence:
+    """Return some of the sequences, whole, chosen by their place in the original order.
+
+    Args:
+        packed: the sequences.
+        which: a slice, or places; as with a tensor, a slice may reach past the end and may be empty.
+    """
+    rank = _rank(packed)
+    chosen = rank[which] if isinstance(which, slice) else rank[torch.tensor(which, dtype=torch.int64)]
+    return from_flat(*_gather(packed, chosen), keep_order=packed.sorted_indices is None)
+
+
+def concatenate(pieces: Sequence[PackedSequence]) -> PackedSequence:
+    """Return one PackedSequence with the sequences of all pieces, in their original orders.
+
+    Raises:
+        ValueError: there is no piece.
+        RuntimeError: the pieces differ in trailing shape (torch's own message).
+    """
+    if not pieces:
+        raise ValueError("there is nothing to concatenate: expected at least one PackedSequence")
+    flats, all_lengths = zip(*map(to_flat, pieces), strict=True)
+    return from_flat(
+        torch.cat(flats),
+        torch.cat(all_lengths),
+        keep_order=all(piece.sorted_indices is None for piece in pieces),
+    )
+
+
+def check(packed: PackedSequence) -> None:
+    """Raise where the fields contradict each other, before they turn into wrong numbers.
+
+    Raises:
+        ValueError: ``batch_sizes`` do not sum to the rows of ``data``, increase, or fall below 1.
+    """
+    sizes = packed.batch_sizes
+    if int(sizes.sum()) != packed.data.shape[0]:
+        raise ValueError(
+            f"this PackedSequence is inconsistent: its batch_sizes sum to {int(sizes.sum())}, but its data "
+            f"has {packed.data.shape[0]} rows; build it with torch.nn.utils.rnn.pack_sequence"
+        )
+    if sizes.numel() and (int(sizes[-1]) < 1 or bool((sizes[1:] > sizes[:-1]).any())):
+        raise ValueError(
+            f"this PackedSequence is inconsistent: its batch_sizes must not increase or fall below 1, found "
+            f"{sizes.tolist()}; build it with torch.nn.utils.rnn.pack_sequence"
+        )
+
+
+def _follow(indices: Tensor | None, device: torch.device) -> Tensor | None:
+    return indices if indices is None or indices.device == device else indices.to(device)
+
+
+def _rank(packed: PackedSequence) -> Tensor:
+    """Return, in original order, the place of every sequence in the sorted order: int64 ``[B]``, CPU."""
+    if packed.unsorted_indices is None:
+        return torch.arange(batch_size(packed))
+    return packed.unsorted_indices.cpu()
+
+
+def _lengths_by_rank(packed: PackedSequence) -> Tensor:
+    """Return the lengths from the longest sequence down: int64 ``[B]``, CPU."""
+    sizes = packed.batch_sizes
+    # Sequence r is alive at step t while batch_sizes[t] > r, and batch_sizes never increase.
+    over = torch.searchsorted(sizes.flip(0), torch.arange(batch_size(packed)), right=True)
+    return sizes.numel() - over
+
+
+def _gather(packed: PackedSequence, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sequences of these ranks one after the other, and their lengths."""
+    check(packed)
+    chosen = _lengths_by_rank(packed)[ranks]
+    offsets = packed.batch_sizes.cumsum(0) - packed.batch_sizes
+    real = torch.arange(packed.batch_sizes.numel()) < chosen[:, None]
+    source = (offsets + ranks[:, None])[real]
+    return packed.data.index_select(0, source.to(packed.data.device)), chosen
+
+
+def _positions(packed: PackedSequence) -> tuple[Tensor, Tensor]:
+    """Return for every row of ``data`` its sequence in original order and its step: int64 ``[N]``, CPU."""
+    sizes = packed.batch_sizes
+    real = torch.arange(batch_size(packed)) < sizes[:, None]
+    step, rank = real.nonzero(as_tuple=True)
+    return (rank if packed.sorted_indices is None else packed.sorted_indices.cpu()[rank]), step

@@ -1,0 +1,23 @@
+"""The patches: one file per upstream module, named after it, each with its reasons.
+
+A patch file imports torch only when one of its patches is put on, so that ``status()`` can name every
+patch in a process that has loaded neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from hf_packfix.patches import (
+    transformers_feature_extraction_utils,
+    transformers_trainer,
+    transformers_trainer_pt_utils,
+)
+from hf_packfix.patches.patch import Patch, PatchStatus, State
+
+__all__ = ["PATCHES", "Patch", "PatchStatus", "State"]
+
+#: Every patch, in the order in which they are put on.
+PATCHES: tuple[Patch, ...] = (
+    *transformers_trainer.PATCHES,
+    *transformers_trainer_pt_utils.PATCHES,
+    *transformers_feature_extraction_utils.PATCHES,
+)

@@ -1,0 +1,240 @@
+"""What a patch is: a target upstream, a reason, when it applies; how it is put on and taken off."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["Patch", "PatchStatus", "State", "patch"]
+
+State = Literal["applied", "pending", "not-needed", "not-applicable", "refused", "off"]
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class PatchStatus:
+    """One patch and where it stands.
+
+    Attributes:
+        target: ``module:path`` of what is wrapped.
+        reason: why, in a line.
+        state: ``applied``; ``pending`` (the module is not loaded yet); ``not-needed`` (upstream handles
+            PackedSequence there); ``not-applicable`` (this version has no such place); ``refused`` (the
+            target is not what it was when the patch was written); ``off`` (hf_packfix is not enabled).
+        detail: more on the state, such as the reason of a refusal; may be empty.
+    """
+
+    target: str
+    reason: str
+    state: State
+    detail: str = ""
+
+    def __str__(self) -> str:
+        tail = f" ({self.detail})" if self.detail else ""
+        return f"{self.state:<14} {self.target}{tail}\n{'':<14}   {self.reason}"
+
+
+class Patch:
+    """A wrapper around one function or method upstream, in place and reversible.
+
+    Wrappers are plain functions, not ``wrapt.FunctionWrapper`` objects: a Trainer keeps bound methods of
+    its accelerator as attributes, and neither they nor a function that a data loader holds could be
+    deep-copied or pickled through an object proxy.
+
+    Attributes:
+        target: ``module:path`` of what is wrapped.
+        reason: why, in a line.
+        active: whether the wrapper acts. A wrapper that cannot be taken off, because somebody wrapped it
+            in turn, stays where it is and hands over to the original while this is False.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        reason: str,
+        make: Callable[[Function, Patch], Function],
+        parameters: tuple[str, ...],
+        handled: Callable[[Function], bool] | None,
+    ) -> None:
+        self.target = target
+        self.module, self.path = target.split(":")
+        self.reason = reason
+        self.active = False
+        self._make = make
+        self._parameters = parameters
+        self._handled = handled
+        self._original: Function | None = None
+        self._wrapper: Function | None = None
+        self._verdict: tuple[State, str] = ("pending", "")
+
+    def __repr__(self) -> str:
+        return f"<Patch {self.target}>"
+
+    def put_on(self) -> None:
+        """Wrap the target, unless it is wrapped, absent, changed, or right as it is."""
+        self._verdict = self._try_on()
+        self.active = self._verdict[0] == "applied"
+
+    def take_off(self) -> None:
+        """Put the very same original back; where somebody wrapped us, pass through and leave theirs."""
+        self.active = False
+        if self._wrapper is None:
+            return
+        owner, name, current = _resolve(sys.modules.get(self.module), self.path)
+        for holder in _holders(owner, name, self._wrapper):
+            setattr(holder, name, self._original)
+        if current is self._wrapper:
+            self._original = self._wrapper = None
+
+    def status(self, enabled: bool) -> PatchStatus:
+        """Return where the patch stands, read from the target as it is now."""
+        if not enabled:
+            return PatchStatus(self.target, self.reason, "off")
+        state, detail = self._verdict
+        current = self._current()
+        if self.overwritten():
+            state = "refused"
+            detail = f"{_name(current)} replaced it after activation; hf_packfix.enable() wraps again"
+        elif state == "applied" and current is not self._wrapper:
+            detail = f"wrapped in turn by {_name(current)}"
+        return PatchStatus(self.target, self.reason, state, detail)
+
+    def overwritten(self) -> bool:
+        """Tell whether the target was wrapped, and calling it no longer reaches the wrapper."""
+        current = self._current()
+        return self._verdict[0] == "applied" and (current is None or not self._reached_from(current))
+
+    def _try_on(self) -> tuple[State, str]:
+        module = sys.modules.get(self.module)
+        if module is None:
+            return "pending", ""
+        owner, name, current = _resolve(module, self.path)
+        if current is None:
+            return "not-applicable", f"{self.module} has no {self.path} here"
+        if not isinstance(current, types.FunctionType) and not callable(current):
+            return "refused", f"expected a function, found {type(current).__name__}"
+        if self._wrapper is not None and self._reached_from(current):
+            return "applied", ""
+        if self._handled is not None and _succeeds(self._handled, current):
+            return "not-needed", f"{_name(current)} handles PackedSequence"
+        found = _parameters(current)
+        if found[: len(self._parameters)] != self._parameters:
+            return (
+                "refused",
+                f"expected the parameters ({', '.join(self._parameters)}), found ({', '.join(found)})",
+            )
+        wrapper = functools.wraps(current)(self._make(current, self))
+        holders = list(_holders(owner, name, current))
+        self._original, self._wrapper = current, wrapper
+        # Before it is visible: another thread may call it at once.
+        self.active = True
+        for holder in holders:
+            setattr(holder, name, wrapper)
+        return "applied", ""
+
+    def _current(self) -> Function | None:
+        return _resolve(sys.modules.get(self.module), self.path)[2]
+
+    def _reached_from(self, current: Function) -> bool:
+        """Tell whether calling ``current`` ends up in our wrapper."""
+        if any(function is self._wrapper for function in _chain(current)):
+            return True
+        # A foreign wrapper that does not say what it wraps: ask by behaviour, with ours acting.
+        if current is self._original or self._handled is None:
+            return False
+        was, self.active = self.active, True
+        try:
+            return _succeeds(self._handled, current)
+        finally:
+            self.active = was
+
+
+def patch(
+    target: str,
+    *,
+    reason: str,
+    parameters: tuple[str, ...],
+    handled: Callable[[Function], bool] | None = None,
+) -> Callable[[Callable[[Function, Patch], Function]], Patch]:
+    """Declare a patch; decorates the function that makes the wrapper from the original and the patch.
+
+    Args:
+        target: ``module:path`` of the function or method to wrap.
+        reason: why, in a line; users read it in ``hf_packfix.status()``.
+        parameters: the names that the target's parameters start with; anything else refuses the patch.
+        handled: given the function as found upstream, tells whether it already does the right thing for a
+            tiny PackedSequence on the CPU; an exception counts as no.
+    """
+
+    def declare(make: Callable[[Function, Patch], Function]) -> Patch:
+        return Patch(target, reason, make, parameters, handled)
+
+    return declare
+
+
+def _resolve(module: types.ModuleType | None, path: str) -> tuple[Any, str, Function | None]:
+    """Return who holds the target, its name there, and the target as it is now, None where absent."""
+    import wrapt
+
+    name = path.rpartition(".")[2]
+    if module is None:
+        return None, name, None
+    try:
+        owner, name, _ = wrapt.resolve_path(module, path)
+    except AttributeError:
+        return None, name, None
+    # From the owner's own namespace: an inherited method is another patch's target, and `getattr` on a
+    # class would bind descriptors.
+    return owner, name, vars(owner).get(name)
+
+
+def _holders(owner: Any, name: str, function: Function) -> Iterator[Any]:
+    """Yield every object whose attribute ``name`` is this function.
+
+    A method lives on its class alone. A module's function also lives in every module that imported it by
+    name, such as ``transformers.trainer`` those of ``transformers.trainer_pt_utils``.
+    """
+    if not isinstance(owner, types.ModuleType):
+        if owner is not None and vars(owner).get(name) is function:
+            yield owner
+        return
+    for module in list(sys.modules.values()):
+        # `vars`, not `getattr`: transformers' lazy modules import on attribute access.
+        if getattr(module, "__dict__", {}).get(name) is function:
+            yield module
+
+
+def _chain(function: Function) -> Iterator[Function]:
+    seen: set[int] = set()
+    while function is not None and id(function) not in seen:
+        yield function
+        seen.add(id(function))
+        function = getattr(function, "__wrapped__", None)  # type: ignore[assignment]
+
+
+def _parameters(function: Function) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def _name(function: Any) -> str:
+    """Say which function this is, even where ``functools.wraps`` gave it another one's name."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return repr(function)
+    return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+
+
+def _succeeds(handled: Callable[[Function], bool], function: Function) -> bool:
+    # Whatever upstream raises on a PackedSequence, it does not handle it.
+    try:
+        return bool(handled(function))
+    except Exception:
+        return False

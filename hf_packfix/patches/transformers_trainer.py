@@ -1,0 +1,169 @@
+"""``transformers.trainer``: moving a batch to the device, and counting what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from hf_packfix.patches import probe
+from hf_packfix.patches.patch import Function, Patch, patch
+
+__all__ = ["PATCHES"]
+
+
+def _handles_move(original: Function) -> bool:
+    import torch
+
+    from hf_packfix.packed import PackedSequence
+
+    # `meta` is a second device that every build of torch has.
+    trainer = type("Trainer", (), {"_prepare_input": original})()
+    trainer.args = SimpleNamespace(device=torch.device("meta"))
+    trainer.is_deepspeed_enabled = False
+    moved = trainer._prepare_input({"x": probe.packed()})["x"]
+    return (
+        isinstance(moved, PackedSequence)
+        and moved.data.device.type == moved.sorted_indices.device.type == "meta"
+        and moved.batch_sizes.device.type == "cpu"
+    )
+
+
+@patch(
+    "transformers.trainer:Trainer._prepare_input",
+    reason="moves a batch to the device by rebuilding tuples from a generator, which a PackedSequence refuses",
+    parameters=("self", "data"),
+    handled=_handles_move,
+)
+def prepare_input(original: Function, patch: Patch) -> Function:
+    """Move the fields that must move; ``data`` goes through the subclass's own ``_prepare_input``.
+
+    The hottest patch: called for every leaf of every batch. One ``isinstance`` on a leaf that is no tuple
+    is all that ordinary batches pay, and whether the patch is active is asked only for tuples.
+    """
+    from hf_packfix.packed import PackedSequence, with_data
+
+    def _prepare_input(self: Any, data: Any) -> Any:
+        if isinstance(data, tuple) and isinstance(data, PackedSequence) and patch.active:
+            return with_data(data, self._prepare_input(data.data))
+        return original(self, data)
+
+    return _prepare_input
+
+
+def _handles_floating_point_ops(original: Function) -> bool:
+    model = SimpleNamespace(
+        main_input_name="x",
+        num_parameters=lambda **_: 5,
+        floating_point_ops=lambda inputs: 6 * inputs["x"].numel() * 5,
+    )
+    return bool(original(SimpleNamespace(model=model), {"x": probe.packed()}) == 6 * 3 * 5)
+
+
+@patch(
+    "transformers.trainer:Trainer.floating_point_ops",
+    reason="asks the main input for numel(), which a PackedSequence does not have; counts the real tokens",
+    parameters=("self", "inputs"),
+    handled=_handles_floating_point_ops,
+)
+def floating_point_ops(original: Function, patch: Patch) -> Function:
+    """Count as for a padded batch without its padding: ``data`` has just those elements."""
+    from hf_packfix.packed import PackedSequence
+
+    def floating_point_ops(self: Any, inputs: Any) -> Any:
+        if isinstance(inputs, Mapping) and patch.active:
+            packed = {k: v.data for k, v in inputs.items() if isinstance(v, PackedSequence)}
+            if packed:
+                inputs = {**inputs, **packed}
+        return original(self, inputs)
+
+    return floating_point_ops
+
+
+def _handles_token_count(original: Function) -> bool:
+    import torch
+
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(include_num_input_tokens_seen="all", device=torch.device("cpu")),
+        model=SimpleNamespace(main_input_name="x"),
+        state=SimpleNamespace(num_input_tokens_seen=0),
+        accelerator=SimpleNamespace(gather=lambda tensor: tensor),
+    )
+    original(trainer, {"x": probe.packed()})
+    return bool(trainer.state.num_input_tokens_seen == 3)
+
+
+@patch(
+    "transformers.trainer:Trainer._track_num_input_tokens",
+    reason="include_num_input_tokens_seen asks the main input for numel(); counts the lengths of the sequences",
+    parameters=("self", "inputs"),
+    handled=_handles_token_count,
+)
+def track_num_input_tokens(original: Function, patch: Patch) -> Function:
+    """Hand over one element a token, all of them real, so that both modes count the sum of the lengths."""
+    import torch
+
+    from hf_packfix.packed import PackedSequence, num_tokens
+
+    def _track_num_input_tokens(self: Any, inputs: Any) -> Any:
+        if patch.active:
+            main = getattr(self.model, "main_input_name", "input_ids")
+            packed = inputs.get(main) if isinstance(inputs, Mapping) else None
+            if isinstance(packed, PackedSequence):
+                real = torch.ones(num_tokens(packed), dtype=torch.int64)
+                inputs = {**inputs, main: real, "attention_mask": real}
+        return original(self, inputs)
+
+    return _track_num_input_tokens
+
+
+def _handles_item_count(original: Function) -> bool:
+    import torch
+
+    trainer = SimpleNamespace(
+        model_accepts_loss_kwargs=True,
+        compute_loss_func=None,
+        _loss_shifts_labels=False,
+        args=SimpleNamespace(average_tokens_across_devices=False, n_gpu=1, world_size=1),
+        get_tp_size=lambda: 1,
+        get_cp_size=lambda: 1,
+        get_sp_size=lambda: 1,
+    )
+    return bool(original(trainer, [{"labels": probe.packed()}], torch.device("cpu")) == 3)
+
+
+@patch(
+    "transformers.trainer:Trainer._get_num_items_in_batch",
+    reason="silently gives up on packed labels, so that accumulated gradients come out N times too large",
+    parameters=("self", "batch_samples", "device"),
+    handled=_handles_item_count,
+)
+def get_num_items_in_batch(original: Function, patch: Patch) -> Function:
+    """Count the labels that are not -100; where the loss shifts labels, not each sequence's first."""
+
+    def _get_num_items_in_batch(self: Any, batch_samples: Any, device: Any) -> Any:
+        if patch.active:
+            shifts = bool(getattr(self, "_loss_shifts_labels", False))
+            batch_samples = [_with_flat_labels(batch, shifts) for batch in batch_samples]
+        return original(self, batch_samples, device)
+
+    return _get_num_items_in_batch
+
+
+def _with_flat_labels(batch: Any, shifts: bool) -> Any:
+    from hf_packfix.packed import PackedSequence, batch_size
+
+    if not isinstance(batch, Mapping):
+        return batch
+    flat: dict[str, Any] = {}
+    labels, shift_labels = batch.get("labels"), batch.get("shift_labels")
+    if isinstance(shift_labels, PackedSequence):
+        flat["shift_labels"] = shift_labels.data
+    if isinstance(labels, PackedSequence):
+        # The first B rows of `data` are the first labels of the B sequences. Where the loss shifts labels,
+        # the original leaves out one more, by `labels[..., 1:]`.
+        flat["labels"] = labels.data[batch_size(labels) - 1 :] if shifts else labels.data
+    return {**batch, **flat} if flat else batch
+
+
+PATCHES = (prepare_input, floating_point_ops, track_num_input_tokens, get_num_items_in_batch)

@@ -1,0 +1,1 @@
+"""What the wheel lays at the top of site-packages, and what ``HF_PACKFIX`` means."""

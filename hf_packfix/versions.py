@@ -1,0 +1,92 @@
+"""Which versions are supported. A refusal is a value, so that the caller decides how loud to be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["MINIMUM", "NEWEST_TESTED", "Conflict", "UnsupportedVersionError", "conflict", "found", "untested"]
+
+#: The oldest version of each distribution that is supported; ``pyproject.toml`` asks for the same.
+MINIMUM = {"transformers": "4.46", "accelerate": "0.28"}
+
+#: The newest version of each distribution that the tests ran on.
+NEWEST_TESTED = {"transformers": "5.23.0", "accelerate": "1.15.0"}
+
+
+class UnsupportedVersionError(ImportError):
+    """An installed version that the patches are not written for, or a missing package.
+
+    Attributes:
+        conflict: what was required and what was found.
+    """
+
+    def __init__(self, conflict: Conflict) -> None:
+        super().__init__(str(conflict), name=conflict.package)
+        self.conflict = conflict
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A package that is missing or too old.
+
+    Attributes:
+        package: name of the distribution.
+        required: the oldest supported version.
+        found: the installed version; None where the package is not installed.
+    """
+
+    package: str
+    required: str
+    found: str | None
+
+    def __str__(self) -> str:
+        if self.found is None:
+            return (
+                f"hf_packfix needs {self.package} >= {self.required}, but {self.package} is not installed; "
+                f"install it with: pip install '{self.package}>={self.required}'"
+            )
+        return (
+            f"hf_packfix needs {self.package} >= {self.required}, but found {self.package} {self.found}; upgrade "
+            f"it, or call hf_packfix.enable(force=True) (HF_PACKFIX=force) to patch what can be patched"
+        )
+
+
+def found(package: str) -> str | None:
+    """Return the installed version of a distribution; None where there is none or its metadata is broken."""
+    # Imported here: a process that never activates should not pay for it.
+    import importlib_metadata
+
+    try:
+        version: str | None = importlib_metadata.version(package)
+    except (importlib_metadata.PackageNotFoundError, KeyError):
+        return None
+    return version
+
+
+def conflict() -> Conflict | None:
+    """Return the first package that is missing or older than its minimum; None where all is well."""
+    for package, required in MINIMUM.items():
+        version = found(package)
+        if version is None or _older(version, required):
+            return Conflict(package, required, version)
+    return None
+
+
+def untested() -> dict[str, str]:
+    """Return the packages that are newer than the newest tested version, with the version found."""
+    versions = {package: found(package) for package in NEWEST_TESTED}
+    return {
+        package: version
+        for package, version in versions.items()
+        if version is not None and _older(NEWEST_TESTED[package], version)
+    }
+
+
+def _older(version: str, than: str) -> bool:
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        # Release numbers alone: 4.46.0.dev0 has what 4.46 has, and a local build suffix says nothing.
+        return Version(version).release < Version(than).release
+    except InvalidVersion:
+        return False
