@@ -91,9 +91,7 @@ def is_enabled() -> bool:
     Read from the patched objects, not from memory alone: False where somebody has put an original back.
     """
     with _lock:
-        return _activated_by is not None and not any(
-            patch.overwritten() for patch in _patches()
-        )
+        return _activated_by is not None and not any(patch.overwritten() for patch in _patches())
 
 
 def status() -> Status:
@@ -187,8 +185,6 @@ def _warn(message: str) -> None:
 def _stacklevel() -> int:
     """Return the stack level of the first frame outside this package, seen from ``_warn``."""
     level, frame = 2, sys._getframe(2)
-    while frame.f_back is not None and (
-        frame.f_globals.get("__name__", "").startswith(("hf_packfix", "importlib"))
-    ):
+    while frame.f_back is not None and (frame.f_globals.get("__name__", "").startswith(("hf_packfix", "importlib"))):
         level, frame = level + 1, frame.f_back
     return level

@@ -83,11 +83,7 @@ def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
     device = data.device
     sorted_indices = _follow(packed.sorted_indices, device)
     unsorted_indices = _follow(packed.unsorted_indices, device)
-    if (
-        data is packed.data
-        and sorted_indices is packed.sorted_indices
-        and unsorted_indices is packed.unsorted_indices
-    ):
+    if data is packed.data and sorted_indices is packed.sorted_indices and unsorted_indices is packed.unsorted_indices:
         return packed
     return type(packed)(data, packed.batch_sizes, sorted_indices, unsorted_indices)
 

@@ -1,0 +1,8 @@
+"""``python -m hf_packfix``."""
+
+import sys
+
+from hf_packfix.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

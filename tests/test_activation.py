@@ -1,0 +1,341 @@
+"""Turning the plugin on and off, in every order, and what it says of itself."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_sequence
+from transformers import Trainer
+
+import hf_packfix
+from hf_packfix import versions
+from hf_packfix.patches import PATCHES, transformers_trainer
+from tests.oracle import stock
+from tests.test_prepare_input import bare_trainer, some_pack
+
+PATCH = transformers_trainer.prepare_input
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter."""
+    import os
+
+    env = {k: v for k, v in os.environ.items() if k != "HF_PACKFIX"} | environment
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=300,
+        check=False,
+    )
+
+
+TRAINS = """
+from torch.nn.utils.rnn import pack_sequence
+import torch, types
+t = Trainer.__new__(Trainer)
+t.args = types.SimpleNamespace(device=torch.device("meta"))
+t.is_deepspeed_enabled = False
+p = pack_sequence([torch.ones(1), torch.ones(2)], enforce_sorted=False)
+assert t._prepare_input({"x": p})["x"].data.device.type == "meta"
+import hf_packfix
+assert hf_packfix.is_enabled()
+assert {p.state for p in hf_packfix.status().patches} == {"applied"}, str(hf_packfix.status())
+"""
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import hf_packfix\nfrom transformers import Trainer",
+        "from transformers import Trainer\nimport hf_packfix",
+        "import transformers\nimport hf_packfix\nfrom transformers import Trainer",
+        "import hf_packfix, transformers\nTrainer = transformers.Trainer",
+        "import torch, hf_packfix\nfrom transformers.trainer import Trainer",
+        "from transformers import Trainer as T\nclass Trainer(T): pass\nimport hf_packfix",
+    ],
+)
+def test_any_order_of_imports(first):
+    # `Seq2SeqTrainer` brings in the last of the modules that are patched.
+    result = run(first + "\nfrom transformers import Seq2SeqTrainer, BatchFeature" + TRAINS)
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_loads_neither_torch_nor_transformers():
+    result = run(
+        """
+        import sys, hf_packfix
+        text = str(hf_packfix.status())
+        assert not {"torch", "transformers", "accelerate"} & set(sys.modules)
+        assert "_prepare_input" in text and "pending" in text, text
+        assert hf_packfix.is_enabled()
+        """
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_enable_twice_wraps_once():
+    wrapper = vars(Trainer)["_prepare_input"]
+    hf_packfix.enable()
+    assert vars(Trainer)["_prepare_input"] is wrapper
+    assert not hasattr(wrapper.__wrapped__, "__wrapped__")
+
+
+def test_disable_puts_the_very_same_objects_back():
+    import transformers.trainer_pt_utils as pt_utils
+
+    originals = {}
+    for patch in PATCHES:
+        assert patch.status(True).state in ("applied", "pending"), str(patch.status(True))
+        if patch.active:
+            originals[patch.target] = patch._original
+    hf_packfix.disable()
+    assert not hf_packfix.is_enabled()
+    assert vars(Trainer)["_prepare_input"] is originals["transformers.trainer:Trainer._prepare_input"]
+    smoother = vars(pt_utils.LabelSmoother)["__call__"]
+    assert smoother is originals["transformers.trainer_pt_utils:LabelSmoother.__call__"]
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if module.__name__.startswith(("transformers", "accelerate")) and callable(value):
+                code = getattr(value, "__code__", None)
+                assert code is None or "hf_packfix" not in code.co_filename, (module, name)
+
+
+@pytest.mark.parametrize("says_what_it_wraps", [True, False])
+def test_a_later_wrapper_is_left_standing(monkeypatch, says_what_it_wraps):
+    ours, calls = vars(Trainer)["_prepare_input"], []
+
+    def theirs(self, data):
+        calls.append(data)
+        return ours(self, data)
+
+    if says_what_it_wraps:
+        theirs = functools.wraps(ours)(theirs)
+    original = ours.__wrapped__
+    Trainer._prepare_input = theirs
+    try:
+        assert hf_packfix.is_enabled()
+        assert "wrapped in turn" in PATCH.status(True).detail
+        hf_packfix.disable()
+        assert vars(Trainer)["_prepare_input"] is theirs
+        assert not hf_packfix.is_enabled()
+        with pytest.raises(AssertionError):  # passes through to stock
+            bare_trainer()._prepare_input(some_pack())
+        assert bare_trainer()._prepare_input(5) == 5
+        hf_packfix.enable()
+        assert vars(Trainer)["_prepare_input"] is theirs  # still wrapped once
+        assert bare_trainer()._prepare_input(some_pack()).data.shape == (6, 2)
+        assert calls
+    finally:
+        Trainer._prepare_input = ours
+        hf_packfix.disable()
+    assert vars(Trainer)["_prepare_input"] is original
+
+
+def test_an_overwritten_patch_is_seen_and_put_back():
+    original = vars(Trainer)["_prepare_input"].__wrapped__
+    Trainer._prepare_input = original
+    assert not hf_packfix.is_enabled()
+    assert not hf_packfix.status().enabled
+    assert PATCH.status(True).state == "refused"
+    assert "replaced it after activation" in PATCH.status(True).detail
+    hf_packfix.enable()
+    assert hf_packfix.is_enabled()
+    hf_packfix.disable()
+    assert vars(Trainer)["_prepare_input"] is original
+
+
+def test_functions_imported_by_name_are_patched_and_restored_everywhere():
+    # LabelSmoother is a class; a module function is the harder case.
+    from hf_packfix.patches.patch import Patch
+
+    result = run(
+        """
+        import sys, types
+        upstream = types.ModuleType("upstream"); exec("def f(x):\\n    return x", vars(upstream))
+        importer = types.ModuleType("importer"); importer.f = upstream.f
+        sys.modules |= {"upstream": upstream, "importer": importer}
+        original = upstream.f
+        from hf_packfix.patches.patch import patch
+        @patch("upstream:f", reason="r", parameters=("x",))
+        def p(original, patch):
+            return lambda x: ("ours", original(x)) if patch.active else original(x)
+        p.put_on(); p.put_on()
+        assert importer.f is upstream.f is not original
+        assert importer.f(1) == ("ours", 1)
+        late = types.ModuleType("late"); late.f = upstream.f; sys.modules["late"] = late
+        p.take_off()
+        assert importer.f is upstream.f is late.f is original
+        """
+    )
+    assert Patch is not None
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "state", "detail"),
+    [
+        ("", "not-applicable", "has no C.f"),
+        ("class C:\n    def f(self, other): return 0", "refused", "expected the parameters (self, data)"),
+        ("class C:\n    def f(self, data): return 'handled'", "not-needed", "handles PackedSequence"),
+        ("class C:\n    def f(self, data): return 0", "applied", ""),
+        ("class B:\n    def f(self, data): return 0\nclass C(B): pass", "not-applicable", "has no C.f"),
+        ("class C:\n    f = 3", "refused", "expected a function"),
+    ],
+)
+def test_states_of_a_patch(monkeypatch, source, state, detail):
+    import types
+
+    from hf_packfix.patches.patch import patch
+
+    module = types.ModuleType("upstream_of_this_test")
+    exec(source, vars(module))
+    monkeypatch.setitem(sys.modules, "upstream_of_this_test", module)
+
+    @patch(
+        "upstream_of_this_test:C.f",
+        reason="a reason",
+        parameters=("self", "data"),
+        handled=lambda function: function(None, None) == "handled",
+    )
+    def declared(original, patch):
+        return lambda self, data: "handled"
+
+    declared.put_on()
+    status = declared.status(True)
+    assert (status.state, status.reason) == (state, "a reason")
+    assert detail in status.detail
+    declared.take_off()
+
+
+def test_threads_may_toggle_at_once():
+    original = vars(Trainer)["_prepare_input"].__wrapped__
+    errors = []
+
+    def toggle():
+        try:
+            for _ in range(50):
+                hf_packfix.enable()
+                hf_packfix.disable()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=toggle) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert vars(Trainer)["_prepare_input"] is original
+
+
+def test_status_reads_well():
+    status = hf_packfix.status()
+    assert status.enabled
+    assert status.activated_by
+    assert status.versions["transformers"] == versions.found("transformers")
+    text = str(status)
+    for patch in status.patches:
+        assert patch.target in text
+        assert patch.reason in text
+        assert patch.reason
+    hf_packfix.disable()
+    off = hf_packfix.status()
+    assert not off.enabled
+    assert "disable() was called" in str(off)
+
+
+def test_too_old_is_refused_with_what_was_found_and_required(monkeypatch):
+    monkeypatch.setattr(versions, "found", lambda package: "4.30.2")
+    hf_packfix.disable()
+    with pytest.raises(hf_packfix.UnsupportedVersionError, match=r"transformers >= 4\.46.*4\.30\.2") as caught:
+        hf_packfix.enable()
+    assert isinstance(caught.value, ImportError)
+    assert (caught.value.conflict.required, caught.value.conflict.found) == ("4.46", "4.30.2")
+    assert not hf_packfix.is_enabled()
+    hf_packfix.enable(force=True)
+    assert hf_packfix.is_enabled()
+
+
+def test_a_missing_transformers_is_named(monkeypatch):
+    monkeypatch.setattr(versions, "found", lambda package: None)
+    with pytest.raises(hf_packfix.UnsupportedVersionError, match="transformers is not installed; install it with"):
+        hf_packfix.enable()
+
+
+OLD = """
+import importlib_metadata, sys
+real = importlib_metadata.version
+importlib_metadata.version = lambda name: "{version}" if name == "transformers" else real(name)
+"""
+
+
+def test_import_raises_below_the_floor():
+    result = run(OLD.format(version="4.45.2") + "import hf_packfix")
+    assert result.returncode == 1
+    assert "UnsupportedVersionError" in result.stderr
+    assert "4.45.2" in result.stderr
+
+
+def test_newer_than_tested_warns_once_and_applies():
+    code = OLD.format(version="99.0.0") + "import hf_packfix; hf_packfix.enable()\nfrom transformers import *\n"
+    result = run(code + "from transformers import Trainer, Seq2SeqTrainer, BatchFeature" + TRAINS)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("HFPackfixWarning") == 1
+    assert "99.0.0 is newer than" in result.stderr
+
+
+def test_the_kill_switch():
+    result = run(
+        """
+        import warnings, hf_packfix
+        assert not hf_packfix.is_enabled()
+        assert "HF_PACKFIX=0 keeps it off" in str(hf_packfix.status())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            hf_packfix.enable()
+        assert [w.category for w in caught] == [hf_packfix.HFPackfixWarning], caught
+        assert not hf_packfix.is_enabled()
+        hf_packfix.enable(force=True)
+        assert hf_packfix.is_enabled()
+        """,
+        HF_PACKFIX="0",
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_warnings_point_at_the_caller(monkeypatch):
+    monkeypatch.setenv("HF_PACKFIX", "off")
+    monkeypatch.setattr("hf_packfix.activation._warned", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hf_packfix.enable()
+    assert caught[0].filename == __file__
+
+
+def test_a_patched_trainer_can_be_copied_and_inspected():
+    import copy
+    import inspect
+    import pickle
+
+    trainer = bare_trainer()
+    trainer.bound = trainer._prepare_input
+    copied = copy.deepcopy(trainer)
+    assert copied.bound.__self__ is copied
+    assert pickle.loads(pickle.dumps(Trainer._prepare_input)) is Trainer._prepare_input
+    assert list(inspect.signature(Trainer._prepare_input).parameters) == ["self", "data"]
+    assert "Prepares one `data`" in inspect.getsource(Trainer._prepare_input)
+
+
+def test_stock_is_stock():
+    pack = pack_sequence([torch.ones(1), torch.ones(2)], enforce_sorted=False)
+    with stock(), pytest.raises(AssertionError):
+        bare_trainer()._prepare_input(pack)

@@ -1,0 +1,138 @@
+"""``packed.py`` against a plain list of sequences, and against torch's own functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence, unpack_sequence
+
+from hf_packfix import nested, packed
+
+LENGTHS = [[1], [5], [1, 1, 1], [2, 7, 2, 1], [3, 3, 9, 1, 9], [4, 3, 2, 1]]
+KINDS = [(torch.float32, ()), (torch.float64, (3,)), (torch.int64, ()), (torch.bool, (2, 2))]
+
+
+def sequences(lengths: list[int], dtype: torch.dtype, trailing: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(0, 9, (n, *trailing), generator=generator).to(dtype) for n in lengths]
+
+
+def assert_equal(found: PackedSequence, expected: PackedSequence) -> None:
+    for name, left, right in zip(PackedSequence._fields, found, expected, strict=True):
+        if right is None:
+            assert left is None, name
+        else:
+            assert left.dtype == right.dtype, name
+            assert torch.equal(left, right), name
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("dtype", "trailing"), KINDS)
+class TestAgainstAListOfSequences:
+    def test_counts(self, lengths, dtype, trailing):
+        pack = pack_sequence(sequences(lengths, dtype, trailing), enforce_sorted=False)
+        assert packed.batch_size(pack) == len(lengths)
+        assert packed.num_tokens(pack) == sum(lengths)
+        assert packed.lengths(pack).tolist() == lengths
+
+    def test_pad(self, lengths, dtype, trailing):
+        pieces = sequences(lengths, dtype, trailing)
+        pack = pack_sequence(pieces, enforce_sorted=False)
+        expected = pad_sequence(pieces, batch_first=True, padding_value=1)
+        assert torch.equal(packed.pad(pack, 1), expected)
+        longer = packed.pad(pack, 1, total_length=12)
+        assert longer.shape[1] == 12
+        assert torch.equal(longer[:, : max(lengths)], expected)
+        assert (longer[:, max(lengths) :] == 1).all()
+
+    def test_flat_and_back(self, lengths, dtype, trailing):
+        pieces = sequences(lengths, dtype, trailing)
+        pack = pack_sequence(pieces, enforce_sorted=False)
+        flat, found = packed.to_flat(pack)
+        assert torch.equal(flat, torch.cat(pieces))
+        assert_equal(packed.from_flat(flat, found), pack)
+
+    def test_take(self, lengths, dtype, trailing):
+        pieces = sequences(lengths, dtype, trailing)
+        pack = pack_sequence(pieces, enforce_sorted=False)
+        count = len(pieces)
+        for which in (slice(0, 1), slice(1, None), slice(-2, 99), slice(None, None, 2)):
+            kept = pieces[which]
+            if kept:
+                assert_equal(packed.take(pack, which), pack_sequence(kept, enforce_sorted=False))
+            else:
+                assert packed.batch_size(packed.take(pack, which)) == 0
+        backwards = list(reversed(range(count)))
+        assert_equal(packed.take(pack, backwards), pack_sequence(pieces[::-1], enforce_sorted=False))
+
+    def test_concatenate(self, lengths, dtype, trailing):
+        pieces = sequences(lengths, dtype, trailing)
+        others = sequences([2, 6], dtype, trailing)
+        found = packed.concatenate(
+            [pack_sequence(pieces, enforce_sorted=False), pack_sequence(others, enforce_sorted=False)]
+        )
+        assert_equal(found, pack_sequence(pieces + others, enforce_sorted=False))
+
+
+def test_sorted_packs_keep_their_missing_indices_while_they_stay_sorted():
+    pieces = sequences([4, 3, 1], torch.int64, ())
+    pack = pack_sequence(pieces)
+    assert_equal(packed.take(pack, slice(1, 3)), pack_sequence(pieces[1:]))
+    assert_equal(packed.concatenate([pack, packed.take(pack, [2])]), pack_sequence([*pieces, pieces[2]]))
+    unsorted = packed.concatenate([pack, pack])
+    assert unsorted.sorted_indices is not None
+    assert all(map(torch.equal, unpack_sequence(unsorted), pieces + pieces))
+
+
+def test_pad_passes_gradients():
+    data = torch.ones(6, requires_grad=True)
+    pack = pack_sequence([torch.ones(2), torch.ones(4)], enforce_sorted=False)._replace(data=data)
+    packed.pad(pack, -100.0)[0].sum().backward()
+    assert data.grad.sum() == 2  # the two steps of the first sequence, and no padding
+
+
+def test_same_packing():
+    pieces = sequences([2, 3, 3], torch.int64, ())
+    pack = pack_sequence(pieces, enforce_sorted=False)
+    assert packed.same_packing(pack, pack._replace(data=pack.data * 2))
+    assert not packed.same_packing(pack, pack_sequence(pieces[:2], enforce_sorted=False))
+    swapped = pack._replace(sorted_indices=pack.sorted_indices.flip(0))
+    assert not packed.same_packing(pack, swapped)
+    in_order = pack_sequence([pieces[1], pieces[0]])
+    explicit = PackedSequence(in_order.data, in_order.batch_sizes, torch.tensor([0, 1]))
+    assert packed.same_packing(in_order, explicit)
+
+
+@pytest.mark.parametrize(
+    ("batch_sizes", "message"),
+    [([2, 2], "sum to 4"), ([1, 2], "must not increase"), ([3, 0], "fall below 1")],
+)
+def test_contradicting_fields_are_named(batch_sizes, message):
+    torn = PackedSequence(torch.ones(3), torch.tensor(batch_sizes))
+    for use in (packed.pad, packed.to_flat):
+        with pytest.raises(ValueError, match=message):
+            use(torn)
+
+
+def test_wrong_arguments_are_named():
+    pack = pack_sequence(sequences([2, 3], torch.int64, ()), enforce_sorted=False)
+    with pytest.raises(ValueError, match="total_length is 2"):
+        packed.pad(pack, total_length=2)
+    with pytest.raises(ValueError, match="sum to the 3 rows"):
+        packed.from_flat(torch.ones(3), torch.tensor([2, 2]))
+    with pytest.raises(ValueError, match="at least 1"):
+        packed.from_flat(torch.ones(3), torch.tensor([3, 0]))
+    with pytest.raises(ValueError, match="nothing to concatenate"):
+        packed.concatenate([])
+
+
+def test_nested_replace_keeps_what_holds_no_pack():
+    pack = pack_sequence(sequences([2, 3], torch.int64, ()), enforce_sorted=False)
+    untouched = {"a": [1, "x"]}
+    tree = {"keep": untouched, "pack": (pack, None)}
+    found = nested.replace(packed.batch_size, tree)
+    assert found == {"keep": untouched, "pack": (2, None)}
+    assert found["keep"] is untouched
+    assert nested.replace(packed.batch_size, untouched) is untouched
+    assert nested.contains(tree)
+    assert not nested.contains(untouched)

@@ -1,0 +1,165 @@
+"""``Trainer._prepare_input``: what moves, what stays, and which object comes back."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, UserDict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from transformers import BatchEncoding, BatchFeature, Trainer
+
+from tests.oracle import stock
+
+META = torch.device("meta")
+CPU = torch.device("cpu")
+
+
+def bare_trainer(device: torch.device = CPU, cls: type[Trainer] = Trainer, dtype: Any = None) -> Trainer:
+    """Return a Trainer that has just what moving a batch asks for."""
+    trainer = cls.__new__(cls)
+    trainer.args = SimpleNamespace(device=device)
+    trainer.is_deepspeed_enabled = dtype is not None
+    config = SimpleNamespace(dtype=lambda: dtype)
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(hf_ds_config=config)))
+    return trainer
+
+
+def some_pack(dtype: torch.dtype = torch.float32, sort: bool = False) -> PackedSequence:
+    pieces = [torch.ones(1, 2), torch.ones(3, 2), torch.ones(2, 2)]
+    if sort:
+        pieces.sort(key=len, reverse=True)
+    return pack_sequence([piece.to(dtype) for piece in pieces], enforce_sorted=sort)
+
+
+def test_the_same_object_comes_back_when_nothing_moves():
+    packed = some_pack()
+    assert bare_trainer()._prepare_input(packed) is packed
+
+
+def test_fields_move_and_batch_sizes_stay():
+    packed = some_pack()
+    moved = bare_trainer(META)._prepare_input(packed)
+    assert type(moved) is PackedSequence
+    assert moved.data.device == moved.sorted_indices.device == moved.unsorted_indices.device == META
+    assert moved.batch_sizes is packed.batch_sizes
+
+
+def test_missing_indices_stay_missing():
+    moved = bare_trainer(META)._prepare_input(some_pack(sort=True))
+    assert moved.data.device == META
+    assert moved.sorted_indices is None
+    assert moved.unsorted_indices is None
+
+
+@pytest.mark.parametrize("left_behind", ["sorted_indices", "unsorted_indices", "both"])
+def test_indices_follow_data_that_is_there_already(left_behind):
+    packed = some_pack()
+    there = {"data": packed.data.to(META)}
+    if left_behind == "sorted_indices":
+        there["unsorted_indices"] = packed.unsorted_indices.to(META)
+    if left_behind == "unsorted_indices":
+        there["sorted_indices"] = packed.sorted_indices.to(META)
+    torn = packed._replace(**there)
+    moved = bare_trainer(META)._prepare_input(torn)
+    assert moved.data is torn.data
+    assert moved.sorted_indices.device == moved.unsorted_indices.device == META
+    with_stock_to = torn.to(META)  # torch's own `to` leaves them behind
+    assert CPU in (with_stock_to.sorted_indices.device, with_stock_to.unsorted_indices.device)
+
+
+def test_each_field_moves_once(monkeypatch):
+    packed, moves = some_pack(), []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: moves.append(id(self)) or to(self, *a, **k))
+    bare_trainer(META)._prepare_input(packed)
+    monkeypatch.undo()
+    fields = [packed.data, packed.sorted_indices, packed.unsorted_indices]
+    assert sorted(moves) == sorted(map(id, fields))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.float32, torch.bfloat16), (torch.int64, torch.int64), (torch.bool, torch.bool)],
+)
+def test_the_deepspeed_cast_reaches_floating_data_alone(dtype, expected):
+    packed = some_pack(dtype)
+    moved = bare_trainer(META, dtype=torch.bfloat16)._prepare_input(packed)
+    assert moved.data.dtype == expected
+    assert moved.sorted_indices.dtype == moved.unsorted_indices.dtype == moved.batch_sizes.dtype == torch.int64
+    plain = bare_trainer(META, dtype=torch.bfloat16)._prepare_input(packed.data)
+    assert plain.dtype == expected
+
+
+def test_a_subclass_that_handles_tensors_handles_data():
+    class Doubling(Trainer):
+        def _prepare_input(self, data):
+            if isinstance(data, torch.Tensor) and data.is_floating_point():
+                return super()._prepare_input(data * 2)
+            return super()._prepare_input(data)
+
+    moved = bare_trainer(cls=Doubling)._prepare_input({"x": [some_pack()]})["x"][0]
+    assert torch.equal(moved.data, 2 * some_pack().data)
+
+
+@pytest.mark.parametrize("mapping", [dict, OrderedDict, UserDict, BatchEncoding, BatchFeature])
+def test_any_nesting(mapping):
+    tensor = torch.ones(2)
+    inner = [some_pack(), (None, 3, "text", 2.5, tensor), {"y": some_pack(sort=True)}]
+    batch = mapping({"x": inner, "labels": tensor, "note": "text"})
+    moved = bare_trainer(META)._prepare_input(batch)
+    assert type(moved) is mapping
+    assert list(moved) == ["x", "labels", "note"]
+    packed, beside, deep = moved["x"]
+    assert packed.data.device == deep["y"].data.device == moved["labels"].device == beside[4].device == META
+    assert beside[:4] == (None, 3, "text", 2.5)
+    assert type(beside) is tuple
+    assert moved["note"] == "text"
+
+
+@pytest.mark.parametrize("tree", [torch.ones(2), {"a": [torch.ones(1), None, "b"]}, (1, 2.0), "text", None])
+def test_ordinary_batches_come_out_as_from_stock(tree):
+    ours = bare_trainer()._prepare_input(tree)
+    with stock():
+        theirs = bare_trainer()._prepare_input(tree)
+    assert type(ours) is type(theirs)
+    assert repr(ours) == repr(theirs)
+
+
+def test_stock_refuses_a_packed_sequence():
+    with stock(), pytest.raises(AssertionError):
+        bare_trainer()._prepare_input(some_pack())
+
+
+# --- BatchFeature.to ------------------------------------------------------------------------------------
+
+
+def test_batch_feature_moves_as_prepare_input_does():
+    packed = some_pack()
+    feature = BatchFeature({"x": packed, "y": torch.ones(2), "nested": [packed, torch.ones(1), "text"]})
+    moved = feature.to(META)
+    assert moved is feature
+    assert list(moved) == ["x", "y", "nested"]
+    for found in (moved["x"], moved["nested"][0]):
+        assert found.data.device == found.sorted_indices.device == META
+        assert found.batch_sizes.device == CPU
+    assert moved["y"].device == moved["nested"][1].device == META
+    assert moved["nested"][2] == "text"
+    with stock(), pytest.raises(AssertionError):
+        BatchFeature({"x": packed}).to(META)
+
+
+def test_batch_feature_casts_floating_data_alone():
+    feature = BatchFeature({"x": some_pack(), "ids": some_pack(torch.int64)}).to(torch.float16)
+    assert feature["x"].data.dtype == torch.float16
+    assert feature["ids"].data.dtype == torch.int64
+    assert feature["x"].sorted_indices.dtype == torch.int64
+
+
+def test_batch_feature_is_whole_after_a_refused_argument():
+    feature = BatchFeature({"x": some_pack(), "y": torch.ones(2)})
+    with pytest.raises(ValueError, match="BatchFeature"):
+        feature.to(object())
+    assert list(feature) == ["x", "y"]

@@ -1,0 +1,43 @@
+"""Every code block of the README runs, and its table names every patch."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_packfix.patches import PATCHES
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=[str(number) for number in range(len(BLOCKS))])
+def test_block_runs(tmp_path, code):
+    (tmp_path / "block.py").write_text(code, encoding="utf-8")
+    environment = {k: v for k, v in os.environ.items() if k != "HF_PACKFIX"} | {"ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(
+        [sys.executable, "block.py"], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_first_block_needs_the_plugin(tmp_path):
+    without = BLOCKS[0].replace("import hf_packfix  # the one line\n", "")
+    assert without != BLOCKS[0]
+    (tmp_path / "block.py").write_text(without, encoding="utf-8")
+    result = subprocess.run([sys.executable, "block.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    error = "AssertionError: Expected data to be a list or tuple of length 2"
+    assert error in result.stderr
+    assert error in README
+
+
+def test_every_patch_is_in_the_table():
+    for patch in PATCHES:
+        names = patch.path.split(".")
+        assert f"`{'.'.join(names[-2:])}`" in README, patch.target
