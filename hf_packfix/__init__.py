@@ -4,9 +4,10 @@ Importing this package activates it: every ``transformers.Trainer`` subclass of 
 or after, trains on packed batches. It imports neither torch nor transformers itself.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from hf_packfix._version import __version__
 from hf_packfix.activation import (
-    HFPackfixWarning,
     Status,
     activate_on_import,
     disable,
@@ -14,18 +15,42 @@ from hf_packfix.activation import (
     is_enabled,
     status,
 )
+from hf_packfix.notices import HFPackfixWarning
 from hf_packfix.versions import UnsupportedVersionError
+
+if TYPE_CHECKING:
+    from hf_packfix.packed import batch_size, num_tokens, pad
 
 __all__ = [
     "HFPackfixWarning",
     "Status",
     "UnsupportedVersionError",
     "__version__",
+    "batch_size",
     "disable",
     "enable",
     "is_enabled",
+    "num_tokens",
+    "pad",
     "status",
 ]
+
+# Public names whose modules import torch, loaded on first use: importing this package stays light.
+_LAZY = {"batch_size": "packed", "num_tokens": "packed", "pad": "packed"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 activate_on_import()
 del activate_on_import

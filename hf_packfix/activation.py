@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from hf_packfix import versions
+from hf_packfix.notices import warn_once
 from hf_packfix.startup._hf_packfix_boot import meaning
 
 if TYPE_CHECKING:
     from hf_packfix.patches import Patch, PatchStatus
 
-__all__ = ["HFPackfixWarning", "Status", "activate_on_import", "disable", "enable", "is_enabled", "status"]
+__all__ = ["Status", "activate_on_import", "disable", "enable", "is_enabled", "status"]
 
 logger = logging.getLogger("hf_packfix")
 
@@ -27,11 +26,6 @@ _lock = threading.RLock()
 _activated_by: str | None = None
 _why_inactive = "hf_packfix.enable() was not called"
 _hooked: set[str] = set()
-_warned: set[str] = set()
-
-
-class HFPackfixWarning(UserWarning):
-    """Something about hf_packfix that a user should know; raised at most once a process for each cause."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +135,13 @@ def _enable(activated_by: str, *, force: bool) -> None:
     global _activated_by
     switch = os.environ.get("HF_PACKFIX")
     if meaning(switch) == "off" and not force:
-        _warn(f"HF_PACKFIX={switch} keeps hf_packfix off; unset it, or call hf_packfix.enable(force=True)")
+        warn_once(f"HF_PACKFIX={switch} keeps hf_packfix off; unset it, or call hf_packfix.enable(force=True)")
         return
     conflict = versions.conflict()
     if conflict is not None and not force:
         raise versions.UnsupportedVersionError(conflict)
     for package, version in versions.untested().items():
-        _warn(
+        warn_once(
             f"{package} {version} is newer than {versions.NEWEST_TESTED[package]}, the newest that hf_packfix "
             f"was tested with; patches are applied where their probes pass, see hf_packfix.status()"
         )
@@ -174,17 +168,3 @@ def _patches() -> tuple[Patch, ...]:
     from hf_packfix.patches import PATCHES
 
     return PATCHES
-
-
-def _warn(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, HFPackfixWarning, stacklevel=_stacklevel())
-
-
-def _stacklevel() -> int:
-    """Return the stack level of the first frame outside this package, seen from ``_warn``."""
-    level, frame = 2, sys._getframe(2)
-    while frame.f_back is not None and (frame.f_globals.get("__name__", "").startswith(("hf_packfix", "importlib"))):
-        level, frame = level + 1, frame.f_back
-    return level

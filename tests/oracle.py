@@ -10,13 +10,20 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
-from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
 import hf_packfix
@@ -109,6 +116,7 @@ def sorted_packed_batch(features: list[Row]) -> dict[str, Any]:
 
 class OracleConfig(PretrainedConfig):
     model_type = "hf-packfix-oracle"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = []
 
 
 def _build(module: nn.Module) -> None:
@@ -123,19 +131,27 @@ def _mean_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Any) -> Tenso
     return total / torch.as_tensor(items).clamp(min=1)
 
 
-def _tag(module: Any, input_ids: Any, labels: Any, num_items_in_batch: Any) -> dict[str, Any]:
+def _tag(
+    module: Any, input_ids: Any, labels: Any, num_items_in_batch: Any, attention_mask: Any = None
+) -> dict[str, Any]:
     packed = isinstance(input_ids, PackedSequence)
     if packed:
         states = module.gru(input_ids._replace(data=module.embedding(input_ids.data)))[0]
         logits: Any = states._replace(data=module.head(states.data))
     else:
-        logits = module.head(module.gru(module.embedding(input_ids))[0])
+        states = module.gru(module.embedding(input_ids))[0]
+        logits = module.head(states)
     result = {"logits": logits}
     if labels is not None:
         flat_logits = logits.data if packed else logits.flatten(0, 1)
         flat_labels = labels.data if packed else labels.flatten()
         result = {"loss": _mean_loss(flat_logits, flat_labels, num_items_in_batch), **result}
-    return result
+    if not packed and attention_mask is not None:
+        # Masked: what stands behind the end of a row is what the Trainer fills rows with.
+        behind = attention_mask.eq(0).unsqueeze(-1)
+        result["logits"] = logits.masked_fill(behind, -100)
+        states = states.masked_fill(behind, -100)
+    return {**result, "states": states}
 
 
 def _classify(module: Any, input_ids: Any, labels: Any, attention_mask: Any) -> dict[str, Any]:
@@ -161,7 +177,10 @@ class Tagger(PreTrainedModel):
     def forward(
         self, input_ids: Any = None, labels: Any = None, attention_mask: Any = None, **kwargs: Any
     ) -> TokenClassifierOutput:
-        return TokenClassifierOutput(**_tag(self, input_ids, labels, kwargs.get("num_items_in_batch")))
+        result = _tag(self, input_ids, labels, kwargs.get("num_items_in_batch"), attention_mask)
+        states = result.pop("states")
+        nested = (states, (states,)) if self.config.output_hidden_states else None
+        return TokenClassifierOutput(**result, hidden_states=nested)
 
 
 class Classifier(PreTrainedModel):
@@ -188,7 +207,16 @@ class PlainTagger(nn.Module):
         _build(self)
 
     def forward(self, input_ids: Any, labels: Any = None, attention_mask: Any = None) -> dict[str, Any]:
-        return _tag(self, input_ids, labels, None)
+        result = _tag(self, input_ids, labels, None, attention_mask)
+        del result["states"]
+        return result
+
+
+class TupleTagger(PlainTagger):
+    """The tagger with its outputs in a plain tuple."""
+
+    def forward(self, input_ids: Any, labels: Any = None, attention_mask: Any = None) -> Any:
+        return tuple(super().forward(input_ids, labels, attention_mask).values())
 
 
 class PlainClassifier(nn.Module):
@@ -227,7 +255,7 @@ class Run:
     trainer: Trainer = field(repr=False)
 
 
-def arguments(directory: Path | str, **changes: Any) -> TrainingArguments:
+def arguments(directory: Path | str, trainer: type[Trainer] = Trainer, **changes: Any) -> TrainingArguments:
     """Return arguments for a short, silent CPU run that logs every step."""
     values: dict[str, Any] = {
         "output_dir": str(directory),
@@ -242,7 +270,8 @@ def arguments(directory: Path | str, **changes: Any) -> TrainingArguments:
         "disable_tqdm": True,
         "seed": 3,
     }
-    return TrainingArguments(**{**values, **changes})
+    kind = Seq2SeqTrainingArguments if issubclass(trainer, Seq2SeqTrainer) else TrainingArguments
+    return kind(**{**values, **changes})
 
 
 def new_trainer(
@@ -268,7 +297,7 @@ def new_trainer(
     """
     return trainer(
         model=new_model(model) if isinstance(model, type) else model,
-        args=arguments(directory, **changes),
+        args=arguments(directory, trainer, **changes),
         train_dataset=data,
         eval_dataset=data,
         data_collator=collate,

@@ -314,7 +314,7 @@ def test_the_kill_switch():
 
 def test_warnings_point_at_the_caller(monkeypatch):
     monkeypatch.setenv("HF_PACKFIX", "off")
-    monkeypatch.setattr("hf_packfix.activation._warned", set())
+    monkeypatch.setattr("hf_packfix.notices._warned", set())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         hf_packfix.enable()

@@ -7,9 +7,13 @@ patch in a process that has loaded neither torch nor transformers.
 from __future__ import annotations
 
 from hf_packfix.patches import (
+    accelerate_utils_operations,
     transformers_feature_extraction_utils,
     transformers_trainer,
+    transformers_trainer_evaluation,
     transformers_trainer_pt_utils,
+    transformers_trainer_seq2seq,
+    transformers_trainer_utils,
 )
 from hf_packfix.patches.patch import Patch, PatchStatus, State
 
@@ -18,6 +22,10 @@ __all__ = ["PATCHES", "Patch", "PatchStatus", "State"]
 #: Every patch, in the order in which they are put on.
 PATCHES: tuple[Patch, ...] = (
     *transformers_trainer.PATCHES,
+    *transformers_trainer_evaluation.PATCHES,
     *transformers_trainer_pt_utils.PATCHES,
+    *transformers_trainer_utils.PATCHES,
+    *transformers_trainer_seq2seq.PATCHES,
     *transformers_feature_extraction_utils.PATCHES,
+    *accelerate_utils_operations.PATCHES,
 )

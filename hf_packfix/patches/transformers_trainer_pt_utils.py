@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hf_packfix.patches import probe
 from hf_packfix.patches.patch import Function, Patch, patch
 
 __all__ = ["PATCHES"]
@@ -80,4 +81,107 @@ def _rectangles(logits: Any, labels: Any, ignore_index: int) -> tuple[Any, Any]:
     return logits, labels
 
 
-PATCHES = (smooth_labels,)
+# The functions below call themselves by their global name, so the wrapper meets every leaf of a nested
+# argument and has to look at none but its own.
+
+
+@patch(
+    "transformers.trainer_pt_utils:nested_detach",
+    reason="rebuilds tuples from a generator; detaches the data and keeps the packing",
+    parameters=("tensors",),
+    handled=lambda original: _is_packed(original(probe.packed())),
+)
+def nested_detach(original: Function, patch: Patch) -> Function:
+    """Detach ``data``; what comes back is packed as before."""
+    from hf_packfix.packed import PackedSequence, with_data
+
+    def nested_detach(tensors: Any) -> Any:
+        if isinstance(tensors, PackedSequence) and patch.active:
+            return with_data(tensors, tensors.data.detach())
+        return original(tensors)
+
+    return nested_detach
+
+
+@patch(
+    "transformers.trainer_pt_utils:nested_concat",
+    reason="concatenates the fields of two packs one by one; concatenates their sequences, as rectangles",
+    parameters=("tensors", "new_tensors", "padding_index"),
+    handled=lambda original: original(probe.packed(), probe.packed()).shape == (4, 2),
+)
+def nested_concat(original: Function, patch: Patch) -> Function:
+    """Concatenate ``[B, T, *]`` and ``[B', T', *]`` to ``[B + B', max(T, T'), *]``, in original order."""
+    from hf_packfix.packed import PackedSequence, pad
+
+    def nested_concat(tensors: Any, new_tensors: Any, padding_index: Any = -100) -> Any:
+        if patch.active:
+            if isinstance(tensors, PackedSequence):
+                tensors = pad(tensors, padding_index)
+            if isinstance(new_tensors, PackedSequence):
+                new_tensors = pad(new_tensors, padding_index)
+        return original(tensors, new_tensors, padding_index=padding_index)
+
+    return nested_concat
+
+
+@patch(
+    "transformers.trainer_pt_utils:nested_numpify",
+    reason="rebuilds tuples from a generator; gives the rectangle of a pack, padded with -100",
+    parameters=("tensors",),
+    handled=lambda original: original(probe.packed()).shape == (2, 2),
+)
+def nested_numpify(original: Function, patch: Patch) -> Function:
+    """Give ``[B, T, *]`` as an array, padded with -100 as the Trainer pads what it gathers."""
+    from hf_packfix.packed import PackedSequence, pad
+
+    def nested_numpify(tensors: Any) -> Any:
+        if isinstance(tensors, PackedSequence) and patch.active:
+            tensors = pad(tensors, -100)
+        return original(tensors)
+
+    return nested_numpify
+
+
+@patch(
+    "transformers.trainer_pt_utils:nested_truncate",
+    reason="rebuilds tuples from a generator; keeps the first sequences, whole",
+    parameters=("tensors", "limit"),
+    handled=lambda original: _is_packed(original(probe.packed(), 1)),
+)
+def nested_truncate(original: Function, patch: Patch) -> Function:
+    """Keep the first ``limit`` sequences in original order."""
+    from hf_packfix.packed import PackedSequence, take
+
+    def nested_truncate(tensors: Any, limit: Any) -> Any:
+        if isinstance(tensors, PackedSequence) and patch.active:
+            return take(tensors, slice(limit))
+        return original(tensors, limit)
+
+    return nested_truncate
+
+
+@patch(
+    "transformers.trainer_pt_utils:find_batch_size",
+    reason="silently takes the number of tokens for the number of sequences",
+    parameters=("tensors",),
+    handled=lambda original: original(probe.packed()) == 2,
+)
+def find_batch_size(original: Function, patch: Patch) -> Function:
+    """Count the sequences."""
+    from hf_packfix.packed import PackedSequence, batch_size
+
+    def find_batch_size(tensors: Any) -> Any:
+        if isinstance(tensors, PackedSequence) and patch.active:
+            return batch_size(tensors)
+        return original(tensors)
+
+    return find_batch_size
+
+
+def _is_packed(value: Any) -> bool:
+    from hf_packfix.packed import PackedSequence
+
+    return isinstance(value, PackedSequence)
+
+
+PATCHES = (smooth_labels, nested_detach, nested_concat, nested_numpify, nested_truncate, find_batch_size)

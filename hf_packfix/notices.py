@@ -1,0 +1,29 @@
+"""Warnings: a class of our own, and each cause once a process."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+__all__ = ["HFPackfixWarning", "warn_once"]
+
+_warned: set[str] = set()
+
+
+class HFPackfixWarning(UserWarning):
+    """Something about hf_packfix that a user should know; raised once a process for each cause."""
+
+
+def warn_once(message: str) -> None:
+    """Warn with an :class:`HFPackfixWarning` that points at the first caller outside this package."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, HFPackfixWarning, stacklevel=_stacklevel())
+
+
+def _stacklevel() -> int:
+    """Return the stack level of the first frame outside this package, seen from ``warn_once``."""
+    level, frame = 2, sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("hf_packfix", "importlib")):
+        level, frame = level + 1, frame.f_back
+    return level

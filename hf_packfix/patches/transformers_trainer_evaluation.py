@@ -1,0 +1,72 @@
+"""``transformers.trainer``: evaluation that finds no labels, and would say nothing but runtimes.
+
+The evaluation loop itself needs no patch: what it does to a packed batch is done by functions of
+``transformers.trainer_pt_utils`` and ``accelerate.utils.operations``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from hf_packfix.notices import warn_once
+from hf_packfix.patches.patch import Function, Patch, patch
+
+__all__ = ["PATCHES"]
+
+# `predict` on rows without labels is nothing to warn of, and only the loop knows which of the two it is.
+_evaluating: ContextVar[bool] = ContextVar("hf_packfix_evaluating", default=False)
+
+
+@patch(
+    "transformers.trainer:Trainer.evaluation_loop",
+    reason="says whether it evaluates or predicts, for the warning about labels under another name",
+    parameters=("self", "dataloader", "description"),
+)
+def evaluation_loop(original: Function, patch: Patch) -> Function:
+    """Note what the loop runs for."""
+
+    def evaluation_loop(self: Any, dataloader: Any, description: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _evaluating.set(patch.active and description == "Evaluation")
+        try:
+            return original(self, dataloader, description, *args, **kwargs)
+        finally:
+            _evaluating.reset(token)
+
+    return evaluation_loop
+
+
+@patch(
+    "transformers.trainer:Trainer.prediction_step",
+    reason="evaluates without a word when the target is not named like a label; warns, naming label_names",
+    parameters=("self", "model", "inputs"),
+)
+def prediction_step(original: Function, patch: Patch) -> Function:
+    """Warn where ``compute_metrics`` waits for labels that no label name covers."""
+
+    def prediction_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if patch.active and self.compute_metrics is not None and _evaluating.get():
+            _warn_of_uncovered_labels(self, inputs)
+        return original(self, model, inputs, *args, **kwargs)
+
+    return prediction_step
+
+
+def _warn_of_uncovered_labels(trainer: Any, inputs: Any) -> None:
+    from hf_packfix import nested
+
+    names = trainer.label_names
+    if not isinstance(inputs, Mapping) or (names and all(inputs.get(name) is not None for name in names)):
+        return
+    known = {*names, getattr(trainer.model, "main_input_name", "input_ids"), "attention_mask"}
+    packed = [key for key, value in inputs.items() if key not in known and nested.contains(value)]
+    if packed:
+        warn_once(
+            f"compute_metrics is not called, and the loss may be missing: no label was found in the batch. "
+            f"label_names is {list(names)}, the batch has the keys {list(inputs)}, and no label name covers "
+            f"{packed}. If one of the keys is the target, pass it: TrainingArguments(label_names=[{packed[-1]!r}])"
+        )
+
+
+PATCHES = (evaluation_loop, prediction_step)

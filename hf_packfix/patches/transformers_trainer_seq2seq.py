@@ -1,0 +1,96 @@
+"""``transformers.trainer_seq2seq``: evaluation by generating."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hf_packfix.patches.patch import Function, Patch, patch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn.utils.rnn import PackedSequence
+
+__all__ = ["PATCHES"]
+
+
+@patch(
+    "transformers.trainer_seq2seq:Seq2SeqTrainer.prediction_step",
+    reason="predict_with_generate asks labels and inputs for their shape; generates from padded inputs",
+    parameters=("self", "model", "inputs", "prediction_loss_only"),
+)
+def prediction_step(original: Function, patch: Patch) -> Function:
+    """Generate from rectangles, compute the loss from the packed batch.
+
+    The original calls ``self.model.generate`` once with the inputs, ``model`` once with the same inputs for
+    the loss, and pads the labels like the generated tokens. It gets rectangles, and a ``model`` that swaps the
+    packed batch back in.
+    """
+    from hf_packfix import nested
+
+    def prediction_step(
+        self: Any, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        if (
+            not patch.active
+            or prediction_loss_only
+            or not self.args.predict_with_generate
+            or not nested.contains(inputs)
+        ):
+            return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
+
+        def model_on_packed(**_: Any) -> Any:
+            return model(**self._prepare_inputs(inputs))
+
+        padded = _for_generation(self.model, inputs)
+        return original(self, model_on_packed, padded, prediction_loss_only, *args, **kwargs)
+
+    return prediction_step
+
+
+def _for_generation(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``inputs`` with rectangles instead of packs, and an ``attention_mask`` ``[B, T]`` where it is due.
+
+    A decoder-only model continues its prompt, so that padding stands on the left; an encoder does not care,
+    and takes it on the right. Labels are padded with -100 on the right.
+    """
+    import torch
+
+    from hf_packfix.packed import PackedSequence, pad, with_data
+
+    config = getattr(model, "config", None)
+    on_the_left = not getattr(config, "is_encoder_decoder", False)
+    token = getattr(config, "pad_token_id", None) or 0
+    main = inputs.get(getattr(model, "main_input_name", "input_ids"))
+
+    padded: dict[str, Any] = {}
+    for key, value in inputs.items():
+        if not isinstance(value, PackedSequence):
+            padded[key] = value
+        elif key == "labels":
+            padded[key] = pad(value, -100)
+        else:
+            filling = token if key.endswith("input_ids") else 0
+            padded[key] = _pad_left(value, filling) if on_the_left else pad(value, filling)
+    if isinstance(main, PackedSequence) and "attention_mask" not in padded:
+        real = with_data(main, torch.ones(main.data.shape[0], dtype=torch.int64, device=main.data.device))
+        padded["attention_mask"] = _pad_left(real, 0) if on_the_left else pad(real, 0)
+    return padded
+
+
+def _pad_left(packed: PackedSequence, filling: float) -> Tensor:
+    """Return ``[B, T, *]`` with the padding in front of each sequence."""
+    import torch
+
+    from hf_packfix.packed import lengths, pad
+
+    rectangle = pad(packed, filling)
+    width = rectangle.shape[1]
+    shift = (width - lengths(packed)).to(rectangle.device)
+    # Step t of the result is step t - shift of the sequence; where that is negative, a step of the padding.
+    source = (torch.arange(width, device=rectangle.device) - shift[:, None]) % width
+    rows = torch.arange(len(rectangle), device=rectangle.device)[:, None]
+    return rectangle[rows, source]
+
+
+PATCHES = (prediction_step,)

@@ -1,0 +1,483 @@
+"""What evaluation and prediction report for packed batches equals what they report for padded ones."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import IterableDataset
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.modeling_outputs import TokenClassifierOutput
+
+import hf_packfix
+from hf_packfix import packed as packing
+from tests.oracle import (
+    HIDDEN,
+    OracleConfig,
+    PlainTagger,
+    Row,
+    Tagger,
+    TupleTagger,
+    assert_same_run,
+    new_model,
+    new_trainer,
+    packed_batch,
+    padded_batch,
+    rows,
+    stock,
+    train,
+)
+
+
+class Recorder:
+    """A ``compute_metrics`` that keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def __call__(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
+        self.calls.append(prediction)
+        labels = prediction.label_ids
+        logits = prediction.predictions
+        while isinstance(labels, (tuple, list)):
+            labels = labels[0]
+        while isinstance(logits, (tuple, list)):
+            logits = logits[0]
+        labels, logits = torch.as_tensor(labels), torch.as_tensor(logits)
+        real = labels != -100
+        return {"accuracy": (logits.argmax(-1)[real] == labels[real]).float().mean().item()}
+
+
+def assert_same_tree(found: Any, expected: Any) -> None:
+    """Compare nested arrays and tensors: types of containers, shapes, dtypes, values."""
+    if expected is None:
+        assert found is None
+    elif isinstance(expected, (tuple, list)):
+        assert type(found) is type(expected)
+        assert len(found) == len(expected)
+        for left, right in zip(found, expected, strict=True):
+            assert_same_tree(left, right)
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key in expected:
+            assert_same_tree(found[key], expected[key])
+    else:
+        assert type(found) is type(expected)
+        assert found.dtype == expected.dtype
+        assert found.shape == expected.shape
+        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def report(directory, model, collate, data, **kwargs) -> tuple[dict[str, float], list[Any], Any]:
+    """Evaluate and predict; return the metrics without the times, what metrics were computed on, and predictions."""
+    recorder = Recorder()
+    options = {"compute_metrics": recorder, **kwargs.pop("options", {})}
+    trainer = new_trainer(directory, model, data, collate, options=options, **kwargs)
+    metrics = {k: v for k, v in trainer.evaluate().items() if not k.endswith(("_second", "time"))}
+    return metrics, recorder.calls, trainer.predict(data)
+
+
+def assert_same_report(found, expected) -> None:
+    assert list(found[0]) == list(expected[0])
+    for key, value in expected[0].items():
+        assert found[0][key] == pytest.approx(value, rel=1e-5), key
+    assert len(found[1]) == len(expected[1])
+    for left, right in zip(found[1], expected[1], strict=True):
+        assert_same_tree(left.predictions, right.predictions)
+        assert_same_tree(left.label_ids, right.label_ids)
+        assert_same_tree(getattr(left, "losses", None), getattr(right, "losses", None))
+    assert_same_tree(found[2].predictions, expected[2].predictions)
+    assert_same_tree(found[2].label_ids, expected[2].label_ids)
+    assert found[2].metrics["test_loss"] == pytest.approx(expected[2].metrics["test_loss"], rel=1e-5)
+
+
+def compare(directory, model, data, *, packed=packed_batch, padded=padded_batch, **kwargs):
+    """Assert that both runs report the same, and return the packed one's report."""
+    found = report(directory, model, packed, data, **kwargs)
+    with stock():
+        expected = report(directory, model, padded, data, **kwargs)
+    assert_same_report(found, expected)
+    return found
+
+
+# --- shapes of outputs and labels -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [Tagger, PlainTagger, TupleTagger])
+def test_outputs_of_every_kind(tmp_path, model):
+    metrics, calls, prediction = compare(tmp_path, model, rows())
+    assert metrics["eval_accuracy"] > 0
+    assert calls[0].predictions.shape == (14, 9, 4)
+    assert prediction.label_ids.shape == (14, 9)
+
+
+def test_rows_come_in_the_order_of_the_data_set(tmp_path):
+    data = rows()
+    _, calls, _ = report(tmp_path, Tagger, packed_batch, data)
+    for row, found in zip(data, calls[0].label_ids, strict=True):
+        length = len(row["labels"])
+        assert found[:length].tolist() == row["labels"].tolist()
+        assert (found[length:] == -100).all()
+
+
+def test_packs_nested_in_a_tuple_of_outputs(tmp_path):
+    torch.manual_seed(0)
+    model = Tagger(OracleConfig(output_hidden_states=True))
+    _, calls, _ = compare(tmp_path, model, rows())
+    logits, (states, (again,)) = calls[0].predictions
+    assert logits.shape == (14, 9, 4)
+    assert states.shape == again.shape == (14, 9, HIDDEN)
+
+
+class PaddedLogits(Tagger):
+    """Packed inputs and labels, padded logits."""
+
+    def forward(self, input_ids=None, labels=None, attention_mask=None, **kwargs):
+        output = super().forward(input_ids, labels, attention_mask, **kwargs)
+        if isinstance(output.logits, PackedSequence):
+            output.logits = packing.pad(output.logits, -100)
+        return output
+
+
+class PaddedLabels(Tagger):
+    """Packed inputs and logits, padded labels."""
+
+    def forward(self, input_ids=None, labels=None, attention_mask=None, **kwargs):
+        if isinstance(input_ids, PackedSequence) and labels is not None:
+            flat = labels[labels != -1000]
+            real = torch.arange(labels.shape[1]) < packing.lengths(input_ids)[:, None]
+            flat = packing.from_flat(labels[real], packing.lengths(input_ids))
+            return super().forward(input_ids, flat, attention_mask, **kwargs)
+        return super().forward(input_ids, labels, attention_mask, **kwargs)
+
+
+def test_packed_labels_alone(tmp_path):
+    compare(tmp_path, PaddedLogits, rows())
+
+
+def test_packed_logits_alone(tmp_path):
+    def collate(features):
+        return {**packed_batch(features), "labels": padded_batch(features)["labels"]}
+
+    compare(tmp_path, PaddedLabels, rows(), packed=collate)
+
+
+class TwoTargets(Tagger):
+    def forward(self, input_ids=None, labels=None, weight_labels=None, row_labels=None, attention_mask=None):
+        output = super().forward(input_ids, labels, attention_mask)
+        return TokenClassifierOutput(loss=output.loss + row_labels.float().mean(), logits=output.logits)
+
+
+def test_several_label_names_of_mixed_kinds(tmp_path):
+    data = [
+        {**row, "weight_labels": row["labels"].float() / 3, "row_labels": torch.tensor(i)}
+        for i, row in enumerate(rows())
+    ]
+    found = compare(tmp_path, TwoTargets, data, label_names=["labels", "weight_labels", "row_labels"])
+    assert [array.shape for array in found[2].label_ids] == [(14, 9), (14, 9), (14,)]
+
+
+# --- arguments of the evaluation loop -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"eval_accumulation_steps": 1},
+        {"eval_accumulation_steps": 2},
+        {"batch_eval_metrics": True},
+        {"eval_do_concat_batches": False},
+        {"eval_do_concat_batches": False, "eval_accumulation_steps": 2},
+        {"eval_use_gather_object": True},
+        {"include_for_metrics": ["loss"]},
+        {"per_device_eval_batch_size": 1},
+        {"per_device_eval_batch_size": 4},
+        {"per_device_eval_batch_size": 13},
+        {"per_device_eval_batch_size": 99},
+    ],
+    ids=str,
+)
+def test_arguments_of_the_loop(tmp_path, changes):
+    compare(tmp_path, Tagger, rows(), **changes)
+
+
+@pytest.mark.parametrize("longest_first", [True, False])
+def test_a_last_batch_with_shorter_sequences_and_one_with_longer(tmp_path, longest_first):
+    data = sorted(rows(), key=lambda row: len(row["input_ids"]), reverse=longest_first)
+    compare(tmp_path, Tagger, data)
+
+
+def test_sequences_of_length_one(tmp_path):
+    found = compare(tmp_path, Tagger, rows(5, longest=1))
+    assert found[2].label_ids.shape == (5, 1)
+
+
+def test_loss_only(tmp_path):
+    found = report(tmp_path, Tagger, packed_batch, rows(), prediction_loss_only=True)
+    with stock():
+        expected = report(tmp_path, Tagger, padded_batch, rows(), prediction_loss_only=True)
+    assert_same_report(found, expected)
+    assert found[2].predictions is None
+
+
+@pytest.mark.parametrize("changes", [{}, {"batch_eval_metrics": True}, {"eval_accumulation_steps": 1}], ids=str)
+def test_inputs_for_metrics(tmp_path, changes):
+    data = rows()
+    kwargs = {"include_for_metrics": ["inputs", "loss"], **changes}
+    found = report(tmp_path, Tagger, packed_batch, data, **kwargs)
+    with stock():
+        expected = report(tmp_path, Tagger, padded_batch, data, **kwargs)
+    assert_same_report(found, expected)
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        left, right = ours.inputs, theirs.inputs
+        if changes.get("batch_eval_metrics"):
+            left, right = left["input_ids"], right["input_ids"]
+        assert left.shape == right.shape
+        left, right = torch.as_tensor(left), torch.as_tensor(right)
+        # Token ids start at 1: the padded collator fills with 0, and the Trainer with -100.
+        torch.testing.assert_close(left.clamp(min=0), right.clamp(min=0))
+        assert (left[right < 1] == -100).all()
+
+
+def test_preprocessed_logits_are_rectangles(tmp_path):
+    shapes = []
+
+    def preprocess(logits, labels):
+        shapes.append((tuple(logits.shape), tuple(labels.shape)))
+        return logits.argmax(-1).masked_fill(labels == -100, -100)
+
+    def accuracy(prediction):
+        real = prediction.label_ids != -100
+        return {"accuracy": float((prediction.predictions[real] == prediction.label_ids[real]).mean())}
+
+    options = {"preprocess_logits_for_metrics": preprocess, "compute_metrics": accuracy}
+    found = report(tmp_path, Tagger, packed_batch, rows(), options=options)
+    ours, shapes = shapes, []
+    with stock():
+        expected = report(tmp_path, Tagger, padded_batch, rows(), options=options)
+    assert_same_report(found, expected)
+    assert ours == shapes
+    assert all(len(logits) == 3 and len(labels) == 2 for logits, labels in ours)
+
+
+class Stream(IterableDataset):
+    """Rows without a length; the data loader batches them, so that nothing is dispatched."""
+
+    def __init__(self, data: list[Row]) -> None:
+        self.data = data
+
+    def __iter__(self):
+        return iter(self.data)
+
+
+def test_number_of_samples_of_a_data_set_without_a_length(tmp_path):
+    data = rows()
+    trainer = new_trainer(
+        tmp_path, Tagger, data, packed_batch, accelerator_config={"dispatch_batches": False, "split_batches": False}
+    )
+    trainer.eval_dataset = Stream(data)
+    loop = trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation", prediction_loss_only=True)
+    assert loop.num_samples == len(data)
+    metrics = trainer.evaluate()
+    assert metrics["eval_samples_per_second"] * metrics["eval_runtime"] == pytest.approx(len(data), rel=0.2)
+
+
+# --- subclasses -----------------------------------------------------------------------------------------
+
+
+class OwnPredictionStep(Trainer):
+    """Overrides the step without calling ``super()`` and returns packs."""
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            outputs = model(**inputs)
+        return outputs["loss"], outputs["logits"], inputs["labels"]
+
+
+class OwnLoss(Trainer):
+    """Overrides the loss, on whatever kind of batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = 2 * outputs["loss"]
+        return (loss, outputs) if return_outputs else loss
+
+
+class OwnStepWithSuper(Trainer):
+    def prediction_step(self, *args, **kwargs):
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        return loss, (logits, {"again": logits}), labels
+
+
+class OwnLoop(Trainer):
+    """Collects with the helpers of transformers, and never asks accelerate to pad."""
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        from transformers.trainer_pt_utils import EvalLoopContainer, find_batch_size, nested_truncate
+        from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+
+        logits, labels, losses, count = EvalLoopContainer(), EvalLoopContainer(), [], 0
+        for inputs in dataloader:
+            count += find_batch_size(inputs)
+            loss, some_logits, some_labels = self.prediction_step(self.model, inputs, False)
+            logits.add(nested_truncate(some_logits, 99))
+            labels.add(some_labels)
+            losses.append(loss.item())
+        everything = EvalPrediction(logits.get_arrays(), labels.get_arrays())
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.compute_metrics(everything).items()}
+        metrics[f"{metric_key_prefix}_loss"] = float(np.mean(losses))
+        return EvalLoopOutput(everything.predictions, everything.label_ids, metrics, count)
+
+
+@pytest.mark.parametrize("trainer", [OwnPredictionStep, OwnLoss, OwnStepWithSuper, OwnLoop])
+def test_subclasses_are_served(tmp_path, trainer):
+    compare(tmp_path, Tagger, rows(), trainer=trainer)
+
+
+def test_metrics_never_get_a_pack():
+    from transformers import EvalPrediction
+
+    batch = packed_batch(rows(4))
+    with_packs = EvalPrediction(batch["labels"], batch["labels"], inputs={"x": [batch["input_ids"]]})
+    expected = padded_batch(rows(4))
+    assert torch.equal(with_packs.label_ids, expected["labels"])
+    assert torch.equal(with_packs.predictions, expected["labels"])
+    assert with_packs.inputs["x"][0].shape == expected["input_ids"].shape
+
+
+# --- evaluation while training --------------------------------------------------------------------------
+
+
+class KeepMetrics(TrainerCallback):
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.seen.append({k: v for k, v in metrics.items() if k in ("eval_loss", "eval_accuracy")})
+
+
+def test_best_model_and_early_stopping(tmp_path):
+    def run(directory, collate):
+        keep = KeepMetrics()
+        result = train(
+            directory,
+            Tagger,
+            rows(),
+            collate,
+            options={"compute_metrics": Recorder(), "callbacks": [keep, EarlyStoppingCallback(1)]},
+            eval_strategy="steps",
+            eval_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="accuracy",
+            num_train_epochs=8,
+            learning_rate=0.2,
+        )
+        return result, keep.seen
+
+    found, seen = run(tmp_path / "packed", packed_batch)
+    with stock():
+        expected, also_seen = run(tmp_path / "padded", padded_batch)
+    assert_same_run(found, expected, tolerance=1e-4)
+    assert len(seen) == len(also_seen) > 1
+    for left, right in zip(seen, also_seen, strict=True):
+        assert left == pytest.approx(right, rel=1e-4)
+    assert found.state.best_metric == pytest.approx(expected.state.best_metric)
+    assert found.state.global_step == expected.state.global_step < 40  # it did stop early
+    assert found.state.best_model_checkpoint.split("-")[-1] == expected.state.best_model_checkpoint.split("-")[-1]
+
+
+def test_hyperparameter_search(tmp_path):
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def search(directory, collate):
+        trainer = new_trainer(directory, Tagger, rows(), collate, options={"model_init": None}, eval_strategy="epoch")
+        trainer.model_init = lambda trial=None: new_model(Tagger)
+        trainer.compute_metrics = Recorder()
+        values = []
+        best = trainer.hyperparameter_search(
+            hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 0.01, 0.1)},
+            compute_objective=lambda metrics: values.append(metrics["eval_loss"]) or metrics["eval_loss"],
+            n_trials=2,
+            direction="minimize",
+            backend="optuna",
+            sampler=optuna.samplers.RandomSampler(seed=0),
+        )
+        return best, values
+
+    best, values = search(tmp_path / "packed", packed_batch)
+    with stock():
+        expected, also = search(tmp_path / "padded", padded_batch)
+    assert best.run_id == expected.run_id
+    assert best.hyperparameters == expected.hyperparameters
+    assert values == pytest.approx(also, rel=1e-4)
+    assert best.objective == pytest.approx(expected.objective, rel=1e-4)
+
+
+# --- the label-name trap --------------------------------------------------------------------------------
+
+
+class OtherNames(PlainTagger):
+    def forward(self, x, targets=None):
+        result = super().forward(x, targets)
+        result.pop("loss", None)
+        return result
+
+
+def renamed(features: list[Row]) -> dict[str, Any]:
+    batch = packed_batch(features)
+    return {"x": batch["input_ids"], "targets": batch["labels"]}
+
+
+def messages(trainer: Trainer, method: str, data: Any) -> list[str]:
+    hf_packfix.notices._warned.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            getattr(trainer, method)(data)
+    return [str(w.message) for w in caught if w.category is hf_packfix.HFPackfixWarning]
+
+
+def test_labels_under_another_name_are_named_once(tmp_path):
+    trainer = new_trainer(
+        tmp_path, OtherNames, rows(), renamed, options={"compute_metrics": Recorder()}, remove_unused_columns=False
+    )
+    (message,) = messages(trainer, "evaluate", None)
+    assert "label_names is []" in message
+    assert "['x', 'targets']" in message
+    assert "TrainingArguments(label_names=['targets'])" in message
+    assert messages(trainer, "predict", rows()) == []
+
+
+def test_no_word_where_there_is_nothing_to_say(tmp_path):
+    named = new_trainer(
+        tmp_path, PlainTagger, rows(), packed_batch, options={"compute_metrics": Recorder()}, label_names=["labels"]
+    )
+    assert messages(named, "evaluate", None) == []
+    no_metrics = new_trainer(tmp_path, OtherNames, rows(), renamed, remove_unused_columns=False)
+    assert messages(no_metrics, "evaluate", None) == []
+
+
+# --- the public helpers ---------------------------------------------------------------------------------
+
+
+def test_public_helpers():
+    data = rows(5)
+    batch, expected = packed_batch(data), padded_batch(data)
+    assert torch.equal(hf_packfix.pad(batch["labels"], padding_value=-100), expected["labels"])
+    assert torch.equal(hf_packfix.pad(batch["input_ids"]), expected["input_ids"])
+    assert hf_packfix.batch_size(batch["labels"]) == 5
+    assert hf_packfix.num_tokens(batch["labels"]) == int(expected["attention_mask"].sum())
+    assert {"pad", "batch_size", "num_tokens"} <= set(dir(hf_packfix))
+    with pytest.raises(AttributeError, match="has no attribute 'padd'"):
+        _ = hf_packfix.padd
