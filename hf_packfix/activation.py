@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from hf_packfix import versions
-from hf_packfix.notices import warn_once
-from hf_packfix.startup._hf_packfix_boot import meaning
+from hf_packfix._version import __version__
+from hf_packfix.notices import is_main_process, warn_once
+from hf_packfix.switch import VARIABLE, switch, value
 
 if TYPE_CHECKING:
     from hf_packfix.patches import Patch, PatchStatus
@@ -26,6 +28,7 @@ _lock = threading.RLock()
 _activated_by: str | None = None
 _why_inactive = "hf_packfix.enable() was not called"
 _hooked: set[str] = set()
+_announced = False
 
 
 @dataclass(frozen=True)
@@ -107,15 +110,50 @@ def status() -> Status:
 def activate_on_import() -> None:
     """Activate because the package was imported; called once, by ``hf_packfix/__init__.py``.
 
+    A user's own import is told of a refusal by an exception. An import on behalf of ``HF_PACKFIX`` logs it
+    and leaves the program alone, and the commands report it in their own words.
+
     Raises:
         UnsupportedVersionError: transformers or accelerate is missing or too old.
     """
     global _why_inactive
-    switch = meaning(os.environ.get("HF_PACKFIX"))
-    if switch == "off":
-        _why_inactive = f"HF_PACKFIX={os.environ['HF_PACKFIX']} keeps it off"
+    asks = switch()
+    if asks == "off":
+        _why_inactive = f"{VARIABLE}={value()} keeps it off"
         return
-    _enable("import hf_packfix", force=switch == "force")
+    automatic = bool(getattr(sys.modules.get("_hf_packfix_boot"), "activating", False))
+    by = f"{VARIABLE}={value()}" if automatic else "import hf_packfix"
+    try:
+        # A warning may be an exception (-W error), and what is automatic never breaks a program.
+        _enable(by, force=asks == "force", tell=_log_warning if automatic else warn_once)
+    except versions.UnsupportedVersionError as error:
+        if not (automatic or _is_command()):
+            raise
+        _why_inactive = str(error)
+        if automatic:
+            _log_warning(f"not activated: {error}")
+
+
+def enable_for_run() -> None:
+    """Activate for ``hf-packfix run``, and in the child processes of the program, past ``HF_PACKFIX=0``.
+
+    Raises:
+        UnsupportedVersionError: transformers or accelerate is missing or too old.
+    """
+    global _activated_by
+    force = switch() == "force"
+    if not force:
+        os.environ[VARIABLE] = "1"
+    _enable("hf-packfix run", force=force)
+    _activated_by = "hf-packfix run"
+
+
+def _is_command() -> bool:
+    """Tell whether this process is ``hf-packfix`` or ``python -m hf_packfix``."""
+    program = os.path.basename(sys.argv[0]) if sys.argv else ""
+    # While `-m` imports the package, argv[0] is "-m".
+    by_module = program == "-m" and any(word in sys.orig_argv for word in ("hf_packfix", "-mhf_packfix"))
+    return by_module or program.startswith("hf-packfix")
 
 
 def module_loaded(module: ModuleType) -> None:
@@ -131,17 +169,16 @@ def module_loaded(module: ModuleType) -> None:
         logger.warning("could not patch %s", module.__name__, exc_info=True)
 
 
-def _enable(activated_by: str, *, force: bool) -> None:
+def _enable(activated_by: str, *, force: bool, tell: Callable[[str], None] = warn_once) -> None:
     global _activated_by
-    switch = os.environ.get("HF_PACKFIX")
-    if meaning(switch) == "off" and not force:
-        warn_once(f"HF_PACKFIX={switch} keeps hf_packfix off; unset it, or call hf_packfix.enable(force=True)")
+    if switch() == "off" and not force:
+        warn_once(f"{VARIABLE}={value()} keeps hf_packfix off; unset it, or call enable(force=True)")
         return
     conflict = versions.conflict()
     if conflict is not None and not force:
         raise versions.UnsupportedVersionError(conflict)
     for package, version in versions.untested().items():
-        warn_once(
+        tell(
             f"{package} {version} is newer than {versions.NEWEST_TESTED[package]}, the newest that hf_packfix "
             f"was tested with; patches are applied where their probes pass, see hf_packfix.status()"
         )
@@ -159,8 +196,38 @@ def _enable(activated_by: str, *, force: bool) -> None:
 
 def _put_on(patches: Iterable[Patch]) -> None:
     for patch in patches:
+        before = patch.status(True)
         patch.put_on()
-        logger.debug("%s", patch.status(True))
+        after = patch.status(True)
+        if after == before:
+            continue
+        logger.debug("%s: %s%s", after.target, after.state, f" ({after.detail})" if after.detail else "")
+        if after.state == "refused":
+            _log_warning(f"{after.target} is not patched: {after.detail}")
+    if not _announced:
+        _announce()
+
+
+def _log_warning(message: str) -> None:
+    if is_main_process():
+        logger.warning("%s", message)
+
+
+def _announce() -> None:
+    """Log one line, once the Trainer is patched."""
+    global _announced
+    states = [patch.status(True).state for patch in _patches()]
+    if "transformers.trainer" not in sys.modules or "applied" not in states or not is_main_process():
+        return
+    _announced = True
+    logger.info(
+        "hf_packfix %s activated by %s: %d patches applied, %d pending; transformers %s, accelerate %s, torch %s",
+        __version__,
+        _activated_by,
+        states.count("applied"),
+        states.count("pending"),
+        *map(versions.found, ("transformers", "accelerate", "torch")),
+    )
 
 
 def _patches() -> tuple[Patch, ...]:

@@ -14,13 +14,26 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; 2 for bad usage.
 
+    What a command needs is imported when it is asked for: the demo loads torch and transformers, ``run`` must
+    leave that to the program it runs.
+
     Args:
         argv: the arguments after the program's name; those of the process by default.
     """
     parser = _parser()
     options = parser.parse_args(argv)
+    if options.command == "run":
+        from hf_packfix import run
+
+        try:
+            return run.run(options.target, options.arguments, as_module=options.as_module)
+        except run.RunError as error:
+            parser.error(str(error))
+    if options.command == "doctor":
+        from hf_packfix import doctor
+
+        return doctor.run(options.modules, as_json=options.as_json)
     if options.command == "demo":
-        # Imported here: the demo needs torch, transformers and the packages of the demo extra.
         from hf_packfix import demo
 
         try:
@@ -37,6 +50,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hf-packfix {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="run a script or a module with the plugin on",
+        usage="hf-packfix run SCRIPT [ARGS...]\n       hf-packfix run -m MODULE [ARGS...]",
+        description="Run a program as Python would, with the plugin on in it and in its child processes; for places "
+        "where start-up files do not work (--target folders, zip applications, -S).",
+    )
+    run.add_argument("-m", dest="as_module", action="store_true", help="run a module, as `python -m` does")
+    run.add_argument("target", metavar="SCRIPT", help="a script, or a module's name after -m")
+    run.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="handed to the program")
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="say whether the plugin works here, and why not",
+        description="Show where every patch stands, check the start-up files and train one step on a packed batch. "
+        "Exit status: 0 healthy, 1 not, 2 bad usage.",
+    )
+    doctor.add_argument(
+        "--import",
+        dest="modules",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        help="import a module and list every Trainer subclass with the patched methods it overrides (repeatable)",
+    )
+    doctor.add_argument("--json", dest="as_json", action="store_true", help="for machines")
+
     demo = commands.add_parser(
         "demo",
         help="train a recurrent speaker classifier on real recordings",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 
-__all__ = ["HFPackfixWarning", "warn_once"]
+__all__ = ["HFPackfixWarning", "is_main_process", "warn_once"]
 
 _warned: set[str] = set()
 
@@ -15,10 +16,18 @@ class HFPackfixWarning(UserWarning):
 
 
 def warn_once(message: str) -> None:
-    """Warn with an :class:`HFPackfixWarning` that points at the first caller outside this package."""
-    if message not in _warned:
+    """Warn with an :class:`HFPackfixWarning` that points at the first caller outside this package.
+
+    Says nothing in a distributed run's other processes.
+    """
+    if message not in _warned and is_main_process():
         _warned.add(message)
         warnings.warn(message, HFPackfixWarning, stacklevel=_stacklevel())
+
+
+def is_main_process() -> bool:
+    """Tell whether to speak at all: in a distributed run, the process of rank 0 does (``RANK``, as torchrun sets)."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _stacklevel() -> int:

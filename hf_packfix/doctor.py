@@ -1,0 +1,179 @@
+"""``hf-packfix doctor``: does the plugin work here, and if not, why?"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import importlib
+import json
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_packfix.activation import Status, status
+from hf_packfix.patches import PATCHES
+from hf_packfix.selftest import selftest
+from hf_packfix.switch import ACCEPTED, VARIABLE, switch, value
+
+__all__ = ["run"]
+
+STARTUP_FILES = ("hf_packfix_auto.pth", "hf_packfix_auto.start", "_hf_packfix_boot.py")
+
+
+@dataclasses.dataclass
+class Report:
+    """What was found.
+
+    Attributes:
+        python: version and executable.
+        platform: the operating system.
+        variable: the value of ``HF_PACKFIX``; None where it is unset.
+        startup_files: for each start-up file its path, and "intact", "changed" or "missing".
+        status: where the plugin and each patch stand.
+        trainers: for each Trainer subclass of the imported modules, the patched methods it overrides.
+        selftest: "passed", "skipped: ..." or "failed: ...".
+        problems: what keeps the plugin from working; empty where it is healthy.
+        warnings: what may surprise a user.
+    """
+
+    python: str
+    platform: str
+    variable: str | None
+    startup_files: dict[str, str]
+    status: Status
+    trainers: dict[str, list[str]]
+    selftest: str
+    problems: list[str]
+    warnings: list[str]
+
+
+def run(modules: Sequence[str], *, as_json: bool) -> int:
+    """Print a report.
+
+    Args:
+        modules: names of modules to import and to search for Trainer subclasses.
+        as_json: print JSON instead of text.
+
+    Returns:
+        The exit status: 0 where the plugin is healthy or off by the user's choice, 1 where it is not.
+    """
+    report = examine(modules)
+    print(json.dumps(dataclasses.asdict(report), indent=2) if as_json else _text(report))
+    return 1 if report.problems else 0
+
+
+def examine(modules: Sequence[str]) -> Report:
+    """Look at everything; imports transformers, and the given modules."""
+    problems: list[str] = []
+    warnings: list[str] = []
+    asks = switch()
+    if asks is None:
+        accepted = ", ".join(word for words in ACCEPTED.values() for word in words)
+        problems.append(f"{VARIABLE}={value()!r} is not one of: {accepted}")
+
+    files = dict(_startup_files())
+    broken = [f"{path} is {state}" for path, state in files.items() if state != "intact"]
+    if broken and asks in ("on", "force"):
+        problems.append(
+            f"{VARIABLE} is on, but the start-up files are not all there, so that it does nothing in a program that "
+            f"does not import hf_packfix ({'; '.join(broken)}); reinstall hf-packfix, or use: hf-packfix run"
+        )
+    elif broken:
+        warnings.append(f"{VARIABLE}=1 would not work here: {'; '.join(broken)}")
+
+    tested = "skipped: hf_packfix is not enabled"
+    if status().enabled:
+        failure = selftest()
+        tested = "passed" if failure is None else f"failed: {failure}"
+        if failure is not None:
+            problems.append(f"the self-test failed: {failure}")
+        importlib.import_module("transformers.trainer_seq2seq")  # so that its patches are not pending
+    trainers: dict[str, list[str]] = {}
+    for name in modules:
+        try:
+            module = importlib.import_module(name)
+        except Exception as error:
+            problems.append(f"--import {name}: {type(error).__name__}: {error}")
+        else:
+            trainers.update(_trainers(module.__name__))
+
+    now = status()
+    if not now.enabled and asks != "off":
+        problems.append(now.reason)
+    problems += [f"{p.target} is not patched: {p.detail}" for p in now.patches if p.state == "refused"]
+    return Report(
+        python=f"{platform.python_version()} ({sys.executable})",
+        platform=platform.platform(),
+        variable=value(),
+        startup_files=files,
+        status=now,
+        trainers=trainers,
+        selftest=tested,
+        problems=problems,
+        warnings=warnings,
+    )
+
+
+def _startup_files() -> Iterator[tuple[str, str]]:
+    """Yield the path of every start-up file and its state, from what the installation recorded of it."""
+    import importlib_metadata
+
+    try:
+        files = importlib_metadata.files("hf-packfix") or ()
+        recorded = {str(file): file for file in files}
+    except importlib_metadata.PackageNotFoundError:
+        recorded = {}
+    for name in STARTUP_FILES:
+        file = recorded.get(name)
+        if file is None or file.hash is None:
+            yield name, "missing: this copy of hf_packfix was not installed"
+            continue
+        path = Path(str(file.locate()))
+        try:
+            digest = hashlib.new(file.hash.mode, path.read_bytes()).digest()
+        except OSError as error:
+            yield str(path), f"missing: {error.strerror}"
+            continue
+        # RECORD holds digests in URL-safe base64 without padding.
+        intact = base64.urlsafe_b64encode(digest).decode().rstrip("=") == file.hash.value
+        yield str(path), "intact" if intact else "changed"
+
+
+def _trainers(package: str) -> dict[str, list[str]]:
+    """Return the Trainer subclasses of a module and its submodules, with the patched methods they override."""
+    from transformers import Trainer
+
+    patched = {patch.path.split(".")[1] for patch in PATCHES if patch.path.startswith(("Trainer.", "Seq2SeqTrainer."))}
+    found: dict[str, list[str]] = {}
+    waiting: list[type[Any]] = [Trainer]
+    while waiting:
+        cls = waiting.pop()
+        waiting.extend(cls.__subclasses__())
+        # A class of another module counts where this one shows it, as scripts do that import theirs.
+        shown = getattr(sys.modules[package], cls.__name__, None) is cls and cls is not Trainer
+        if shown or cls.__module__ == package or cls.__module__.startswith(f"{package}."):
+            found[f"{cls.__module__}.{cls.__qualname__}"] = sorted(patched & set(vars(cls)))
+    return dict(sorted(found.items()))
+
+
+def _text(report: Report) -> str:
+    lines = [
+        f"Python {report.python} on {report.platform}",
+        f"{VARIABLE} is {'unset' if report.variable is None else repr(report.variable)}",
+        "",
+        str(report.status),
+        "",
+        "start-up files:",
+        *(f"  {state:<10} {path}" for path, state in report.startup_files.items()),
+    ]
+    if report.trainers:
+        lines += ["", "Trainer subclasses, and the patched methods they override (each must call super()):"]
+        lines += [f"  {name}: {', '.join(methods) or 'none'}" for name, methods in report.trainers.items()]
+    lines += ["", f"self-test (a packed batch through train and evaluate): {report.selftest}"]
+    lines += [f"warning: {text}" for text in report.warnings]
+    lines += [f"problem: {text}" for text in report.problems]
+    lines += ["not healthy" if report.problems else "healthy"]
+    return "\n".join(lines)

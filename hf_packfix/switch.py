@@ -1,0 +1,38 @@
+"""What ``HF_PACKFIX`` means.
+
+The same table stands in ``startup/_hf_packfix_boot.py``, which lies outside the package and must not import it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+__all__ = ["ACCEPTED", "VARIABLE", "meaning", "switch", "value"]
+
+VARIABLE = "HF_PACKFIX"
+
+#: The accepted values, by what they ask for; case and surrounding blanks do not matter.
+ACCEPTED = {
+    "on": ("1", "true", "yes", "on"),
+    "force": ("force",),
+    "off": ("0", "false", "no", "off"),
+}
+
+
+def meaning(value: str | None) -> str | None:
+    """Return what a value asks for: "on", "force" or "off"; "" for unset or empty; None for anything else."""
+    word = (value or "").strip().lower()
+    if not word:
+        return ""
+    return next((asks for asks, words in ACCEPTED.items() if word in words), None)
+
+
+def value() -> str | None:
+    """Return the variable's value; None where it is unset, or not to be looked at (isolated mode, -I and -E)."""
+    return None if sys.flags.ignore_environment else os.environ.get(VARIABLE)
+
+
+def switch() -> str | None:
+    """Return what ``HF_PACKFIX`` asks for in this process, as :func:`meaning` has it."""
+    return meaning(value())
