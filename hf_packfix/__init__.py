@@ -4,6 +4,8 @@ Importing this package activates it: every ``transformers.Trainer`` subclass of 
 or after, trains on packed batches. It imports neither torch nor transformers itself.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from hf_packfix._version import __version__
 from hf_packfix.activation import (
     HFPackfixWarning,
@@ -16,7 +18,11 @@ from hf_packfix.activation import (
 )
 from hf_packfix.versions import UnsupportedVersionError
 
+if TYPE_CHECKING:
+    from hf_packfix.collator import DataCollatorForPackedSequence
+
 __all__ = [
+    "DataCollatorForPackedSequence",
     "HFPackfixWarning",
     "Status",
     "UnsupportedVersionError",
@@ -26,6 +32,20 @@ __all__ = [
     "is_enabled",
     "status",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The collator needs torch, which importing this package must not import.
+    if name == "DataCollatorForPackedSequence":
+        from hf_packfix.collator import DataCollatorForPackedSequence
+
+        return DataCollatorForPackedSequence
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 activate_on_import()
 del activate_on_import
