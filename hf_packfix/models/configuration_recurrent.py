@@ -41,7 +41,7 @@ class RecurrentConfig(PretrainedConfig):
     """
 
     model_type = "recurrent"
-    keys_to_ignore_at_inference = ("past_key_values", "pooler_output")
+    keys_to_ignore_at_inference = ["past_key_values", "pooler_output"]  # noqa: RUF012
     # `RecurrentConfig()` is an error: transformers 4 must not build one to learn the default values (up to
     # 4.47 it looks at the second name).
     has_no_defaults_at_init = True
@@ -113,11 +113,11 @@ class RecurrentConfig(PretrainedConfig):
                 f"embedding_size={self.embedding_size} needs a vocab_size; features of input_size are not "
                 f"embedded, leave embedding_size out"
             )
+        check_positive("hidden_size", self.hidden_size)
+        check_positive("num_hidden_layers", self.num_hidden_layers)
         for name in ("vocab_size", "input_size", "embedding_size"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
-        check_positive("hidden_size", self.hidden_size)
-        check_positive("num_hidden_layers", self.num_hidden_layers)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, found {self.dropout!r}")
         if self.problem_type is not None:

@@ -39,7 +39,7 @@ class RecurrentEncoderDecoderConfig(PretrainedConfig):
     """
 
     model_type = "recurrent-encoder-decoder"
-    keys_to_ignore_at_inference = ("past_key_values", "encoder_last_hidden_state")
+    keys_to_ignore_at_inference = ["past_key_values", "encoder_last_hidden_state"]  # noqa: RUF012
     # As in RecurrentConfig.
     has_no_defaults_at_init = True
     is_composition = True

@@ -278,7 +278,7 @@ class RecurrentForTokenClassification(RecurrentPreTrainedModel):
         )
 
 
-class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin):
+class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
     """A language model: at every step, the next token."""
 
     # transformers 5 reads the pairs, transformers 4 the names alone.

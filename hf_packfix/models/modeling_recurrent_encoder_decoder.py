@@ -26,7 +26,7 @@ from hf_packfix.models.packing import Steps, map_steps
 __all__ = ["RecurrentEncoderDecoder"]
 
 
-class RecurrentEncoderDecoder(PreTrainedModel, RecurrentGenerationMixin):
+class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
     """Sequence to sequence, for ``Seq2SeqTrainer`` and ``generate()``."""
 
     config_class = RecurrentEncoderDecoderConfig
