@@ -29,8 +29,8 @@ class DataCollatorForPackedSequence:
     its own; a number goes into a tensor ``[B]``. As in ``default_data_collator``, ``label`` and
     ``label_ids`` become ``labels``, and a key whose first value is a string or None is left out.
 
-    What a tokenizer padded is cut: where a row's ``attention_mask`` has zeros, every value of as many steps
-    loses those. The mask itself, all ones from then on, is dropped.
+    What a tokenizer padded is cut: a key that in every row has as many steps as the ``attention_mask`` loses
+    those where the mask is zero. The mask itself, all ones from then on, is dropped.
 
     Args:
         packed_keys: keys to pack whatever their values look like.
@@ -41,8 +41,8 @@ class DataCollatorForPackedSequence:
     Raises:
         ValueError: when called, naming key and row: a feature is not a mapping or lacks a key, a sequence is
             empty, trailing dimensions or the shapes to stack differ, values are no numbers or of dtypes with
-            no common one, or the mask would cut off a label that is not padding. At construction: a key is
-            in both collections, or a collection is a single string.
+            no common one, or the mask fits no key, leaves no step, or would cut off a label that is not
+            padding. At construction: a key is in both collections, or a collection is a single string.
     """
 
     packed_keys: Collection[str] = ()
@@ -78,17 +78,29 @@ class DataCollatorForPackedSequence:
 
     def _cut(self, columns: dict[str, list[Tensor]], masks: list[Tensor]) -> None:
         """Take out the steps that a row's mask calls padding, in place."""
-        padded = [row for row, mask in enumerate(masks) if not bool(mask.all())]
-        keep = {row: masks[row].bool() for row in padded}
+        keep = [mask.bool() for mask in masks]
+        padded = [row for row, real in enumerate(keep) if not bool(real.all())]
+        if not padded:
+            return
+        # In every row, since a target may have the length of one padded source by chance.
+        aligned = [
+            key
+            for key, values in columns.items()
+            if key not in self.tensor_keys
+            and all(value.shape[:1] == real.shape for value, real in zip(values, keep, strict=True))
+        ]
+        if aligned in ([], ["attention_mask"]):
+            raise ValueError(
+                "'attention_mask' marks padding, but no other key has as many steps in every row"
+            )
         for row in padded:
             if not bool(keep[row].any()):
                 raise ValueError(f"'attention_mask' of row {row} has no real step: drop empty sequences")
-            _check_labels(columns, keep[row], row)
-        for key, values in columns.items():
-            if key not in self.tensor_keys:
-                for row in padded:
-                    if values[row].dim() and len(values[row]) == len(keep[row]):
-                        values[row] = values[row][keep[row]]
+            if "labels" in aligned:
+                _check_labels(columns["labels"][row], columns.get("input_ids"), keep[row], row)
+        for key in aligned:
+            for row in padded:
+                columns[key][row] = columns[key][row][keep[row]]
 
     def _collate(self, key: str, values: list[Tensor]) -> Tensor | PackedSequence:
         packs = key in self.packed_keys or (key not in self.tensor_keys and values[0].dim() > 0)
@@ -137,18 +149,17 @@ def _tensor(value: Any, key: str, row: int) -> Tensor:
         ) from error
 
 
-def _check_labels(columns: Mapping[str, list[Tensor]], keep: Tensor, row: int) -> None:
+def _check_labels(labels: Tensor, input_ids: list[Tensor] | None, keep: Tensor, row: int) -> None:
     """Raise where cutting would lose a label that counts.
 
     Labels as long as the mask may still be those of another sequence, a target padded to the same length.
     """
-    if "labels" not in columns or columns["labels"][row].shape != keep.shape:
+    if labels.dim() != 1:
         return
-    labels = columns["labels"][row]
     lost = ~keep & (labels != _IGNORED)
-    if "input_ids" in columns and columns["input_ids"][row].shape == keep.shape:
+    if input_ids is not None and input_ids[row].shape == labels.shape:
         # Labels that repeat the inputs repeat their padding.
-        lost &= labels != columns["input_ids"][row]
+        lost &= labels != input_ids[row]
     if bool(lost.any()):
         step = int(lost.nonzero()[0])
         raise ValueError(

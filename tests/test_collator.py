@@ -114,6 +114,20 @@ def test_a_mask_does_not_cut_a_target_of_another_length():
     assert_same_packed(collate(features)["labels"], [torch.tensor([7, 8, 9, 6])])
 
 
+def test_a_mask_does_not_cut_a_target_that_has_its_length_by_chance():
+    features = [
+        {"input_ids": [4, 5, 0], "attention_mask": [1, 1, 0], "labels": [7, 8, 9]},
+        {"input_ids": [4, 5, 6], "attention_mask": [1, 1, 1], "labels": [7]},
+    ]
+    assert_same_packed(collate(features)["labels"], [torch.tensor([7, 8, 9]), torch.tensor([7])])
+
+
+def test_a_mask_does_not_cut_what_is_stacked():
+    features = [{"input_ids": [4, 5, 0], "attention_mask": [1, 1, 0], "labels": [0.0, 1.0, 1.0]}]
+    batch = DataCollatorForPackedSequence(tensor_keys=["labels"])(features)
+    assert torch.equal(batch["labels"], torch.tensor([[0.0, 1.0, 1.0]]))
+
+
 def test_labels_that_repeat_the_inputs_may_repeat_their_padding():
     features = [{"input_ids": [4, 5, 0], "attention_mask": [1, 1, 0], "labels": [4, 5, 0]}]
     assert_same_packed(collate(features)["labels"], [torch.tensor([4, 5])])
@@ -151,6 +165,7 @@ def test_a_mask_must_not_cut_off_labels():
         ([{"x": [1]}, {"x": None}], "'x' of row 1 must be a number, or evenly nested numbers"),
         ([{"label": 1, "labels": 2}], r"expected labels under one key, found \['label', 'labels'\]"),
         ([{"x": [1, 2], "attention_mask": [0, 0]}], "'attention_mask' of row 0 has no real step"),
+        ([{"x": [1], "attention_mask": [1, 0]}], "'attention_mask' marks padding, but no other key has"),
         (
             [{"x": torch.ones(1, dtype=torch.float8_e5m2)}, {"x": torch.ones(1)}],
             r"'x' is torch.float8_e5m2 in row 0 but torch.float32 in row 1, with no common dtype",
