@@ -64,6 +64,9 @@ class RecurrentConfig(PretrainedConfig):
         use_cache: bool = True,
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("problem_type") is not None:
+            # Before super(), which in some releases refuses it with an error of another type.
+            check_choice("problem_type", kwargs["problem_type"], PROBLEM_TYPES)
         super().__init__(**kwargs)
         # After super(), which in transformers 4 sets the token ids and `tie_word_embeddings` to its own
         # defaults, and in transformers 5 does not know them.
@@ -120,8 +123,6 @@ class RecurrentConfig(PretrainedConfig):
                 check_positive(name, getattr(self, name))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, found {self.dropout!r}")
-        if self.problem_type is not None:
-            check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             raise ValueError(
                 f"problem_type 'single_label_classification' needs num_labels of at least 2, found "
