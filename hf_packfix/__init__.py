@@ -19,9 +19,11 @@ from hf_packfix.notices import HFPackfixWarning
 from hf_packfix.versions import UnsupportedVersionError
 
 if TYPE_CHECKING:
+    from hf_packfix.collator import DataCollatorForPackedSequence
     from hf_packfix.packed import batch_size, num_tokens, pad
 
 __all__ = [
+    "DataCollatorForPackedSequence",
     "HFPackfixWarning",
     "Status",
     "UnsupportedVersionError",
@@ -36,7 +38,12 @@ __all__ = [
 ]
 
 # Public names whose modules import torch, loaded on first use: importing this package stays light.
-_LAZY = {"batch_size": "packed", "num_tokens": "packed", "pad": "packed"}
+_LAZY = {
+    "DataCollatorForPackedSequence": "collator",
+    "batch_size": "packed",
+    "num_tokens": "packed",
+    "pad": "packed",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,90 @@
+"""What ``generate()`` needs of a recurrent model: its state as the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from hf_packfix.models.packing import unpack
+from hf_packfix.packed import PackedSequence, lengths
+
+__all__ = ["RecurrentCache", "RecurrentGenerationMixin"]
+
+
+@dataclass
+class RecurrentCache:
+    """The state of a recurrent network after the steps it has read; its size does not grow with them.
+
+    Models return a new one instead of changing the one they are given, so that several continuations can
+    start from the same state. The methods are those that ``transformers.generation`` asks of a cache.
+
+    Attributes:
+        hidden_state: ``[L, B, H]``, L being the layers times the directions, rows in original order.
+        cell_state: the same for an LSTM; None for other cells.
+        seen_steps: the number of columns read so far, padding included, as transformers counts.
+    """
+
+    hidden_state: Tensor
+    cell_state: Tensor | None = None
+    seen_steps: int = 0
+
+    is_compileable: ClassVar[bool] = False
+    is_croppable: ClassVar[bool] = False
+
+    @classmethod
+    def from_state(cls, state: Tensor | tuple[Tensor, Tensor], seen_steps: int) -> RecurrentCache:
+        """Return the cache of a state as ``torch.nn.RNN``, ``GRU`` or ``LSTM`` returns it."""
+        return cls(*state, seen_steps=seen_steps) if isinstance(state, tuple) else cls(state, None, seen_steps)
+
+    @property
+    def state(self) -> Tensor | tuple[Tensor, Tensor]:
+        """The state as ``torch.nn.RNN``, ``GRU`` or ``LSTM`` takes it."""
+        return self.hidden_state if self.cell_state is None else (self.hidden_state, self.cell_state)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of columns read so far, the same for every layer."""
+        return self.seen_steps
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row i the former row ``beam_idx[i]``, in place: the beams that survived."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices`` of the batch, in place."""
+        self._replace(lambda state: state.index_select(1, indices.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch, in place, as ``num_beams`` and ``num_return_sequences`` ask."""
+        self._replace(lambda state: state.repeat_interleave(repeats, dim=1))
+
+    def _replace(self, function: Any) -> None:
+        self.hidden_state = function(self.hidden_state)
+        self.cell_state = None if self.cell_state is None else function(self.cell_state)
+
+
+class RecurrentGenerationMixin(GenerationMixin):
+    """``generate()`` with the recurrent state as the cache; prompts may be packed."""
+
+    config: Any
+    # A state cannot be rolled back: transformers refuses assisted generation by this mark.
+    _is_stateful = True
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # Keeps transformers from handing over a cache of keys and values; the model makes its own.
+        return False
+
+    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate as ``GenerationMixin.generate`` does; a packed prompt is padded on the left first."""
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if isinstance(input_ids, PackedSequence):
+            of_row = lengths(input_ids).to(input_ids.data.device)
+            longest = int(of_row.max())
+            real = torch.arange(longest, device=of_row.device) >= longest - of_row[:, None]
+            input_ids = unpack(input_ids, real, fill=self.config.pad_token_id or 0)
+            kwargs["attention_mask"] = real.long()
+        return super().generate(input_ids, *args, **kwargs)  # type: ignore[misc]

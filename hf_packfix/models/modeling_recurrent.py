@@ -1,0 +1,362 @@
+"""Recurrent models as transformers models, on ``torch.nn.RNN``, ``LSTM`` and ``GRU``.
+
+Shapes: B sequences, T steps in the longest one, N steps in all, D features, V token ids, C labels, and
+O = ``config.output_size`` (the hidden size of every direction). Inputs are padded, ``[B, T]`` token ids or
+``[B, T, D]`` features with an optional ``attention_mask``, or packed, with ``data`` ``[N]`` or ``[N, D]``.
+Outputs a step come back in the layout of the inputs: padded ones ``[B, T, *]``, packed ones in the very
+same packing. What a model computes does not depend on the layout, nor on where the padding stands.
+"""
+
+# transformers types its own models in part: calls of its untyped methods, and modules that `nn.Module` hands
+# out as Any, are no news here.
+# mypy: disable-error-code="no-untyped-call,no-any-return"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import (
+    CausalLMOutputWithPast,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils.generic import ModelOutput
+
+from hf_packfix.models.configuration_recurrent import RecurrentConfig
+from hf_packfix.models.generation import RecurrentCache, RecurrentGenerationMixin
+from hf_packfix.models.loss import next_labels, sequence_loss, step_labels, step_loss
+from hf_packfix.models.packing import Steps, map_steps, pack, real_steps, unpack
+from hf_packfix.packed import PackedSequence, with_data
+
+__all__ = [
+    "RecurrentForCausalLM",
+    "RecurrentForSequenceClassification",
+    "RecurrentForTokenClassification",
+    "RecurrentModel",
+    "RecurrentModelOutput",
+    "RecurrentPreTrainedModel",
+]
+
+Output = TypeVar("Output", bound=ModelOutput)
+
+_CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+
+
+@dataclass
+class RecurrentModelOutput(ModelOutput):
+    """What :class:`RecurrentModel` returns.
+
+    Attributes:
+        last_hidden_state: the last layer's output at every step, ``[B, T, O]`` (zero at padding) or packed.
+        pooler_output: ``[B, O]``, the last layer's state after the last real step; the reverse direction,
+            which starts there, after the first.
+        past_key_values: the final state of every layer; None with ``use_cache=False``.
+    """
+
+    last_hidden_state: Steps | None = None
+    pooler_output: Tensor | None = None
+    past_key_values: RecurrentCache | None = None
+
+
+class RecurrentPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialization of the recurrent models."""
+
+    config_class = RecurrentConfig
+    base_model_prefix = "recurrent"
+    supports_gradient_checkpointing = False
+    config: RecurrentConfig
+
+    def __init__(self, config: RecurrentConfig) -> None:
+        super().__init__(config)
+        if config.input_size is not None:
+            self.main_input_name = "input_values"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # torch's own initialization, which suits recurrent networks: uniform within 1/sqrt(hidden_size).
+        if isinstance(module, (nn.RNNBase, nn.Linear, nn.Embedding)):
+            module.reset_parameters()
+        if isinstance(module, nn.Embedding) and self.config.tie_word_embeddings:
+            # As a head, torch's unit normal would start with logits of the size of sqrt(hidden_size).
+            nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
+
+
+class RecurrentModel(RecurrentPreTrainedModel):
+    """The bare network: token embeddings, unless it reads features, and the stacked layers."""
+
+    def __init__(self, config: RecurrentConfig) -> None:
+        super().__init__(config)
+        self.embeddings: nn.Embedding | None = None
+        if config.vocab_size is not None:
+            self.embeddings = nn.Embedding(config.vocab_size, config.step_size)
+        self.rnn = _CELLS[config.cell_type](
+            config.step_size,
+            config.hidden_size,
+            config.num_hidden_layers,
+            batch_first=True,
+            dropout=config.dropout,
+            bidirectional=config.bidirectional,
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> Any:
+        """Return the token embeddings; None for a model that reads features."""
+        return self.embeddings
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Replace the token embeddings."""
+        self.embeddings = value
+
+    def forward(
+        self,
+        input_ids: Steps | None = None,
+        attention_mask: Steps | None = None,
+        input_values: Steps | None = None,
+        past_key_values: RecurrentCache | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> RecurrentModelOutput | tuple[Any, ...]:
+        """Read the sequences.
+
+        Args:
+            input_ids: int64 ``[B, T]`` or packed ``[N]``, for a model with a ``vocab_size``.
+            attention_mask: ``[B, T]``, zero at padding, which may stand anywhere; with ``past_key_values``
+                also ``[B, seen + T]``. Packed inputs have none, or a packed one, which tells nothing new.
+            input_values: float ``[B, T, D]`` or packed ``[N, D]``, for a model with an ``input_size``; cast
+                to the dtype of the weights.
+            past_key_values: the state to start from; zeros by default.
+            use_cache: whether to return the final state; ``config.use_cache`` by default.
+            return_dict: False for a plain tuple; ``config.return_dict`` by default.
+            **kwargs: ignored; transformers hands over more than a recurrent model has.
+
+        Raises:
+            ValueError: the inputs are missing, of the other kind or of another shape; a mask does not fit
+                or has a row without a real step; a bidirectional model is given ``past_key_values``.
+        """
+        inputs = self._check_inputs(input_ids, input_values)
+        if past_key_values is not None and self.config.bidirectional:
+            raise ValueError(
+                "a bidirectional model cannot continue from past_key_values: its reverse direction starts at "
+                "the last step; leave them out"
+            )
+        start = None if past_key_values is None else past_key_values.state
+        real = real_steps(attention_mask, inputs, continues=past_key_values is not None)
+        if real is None:
+            steps, state = self.rnn(map_steps(self._embed, inputs), start)
+        else:
+            assert isinstance(inputs, Tensor)
+            packed = pack(inputs, real)
+            steps, state = self.rnn(with_data(packed, self._embed(packed.data)), start)
+            steps = unpack(steps, real)
+        width = inputs.batch_sizes.numel() if isinstance(inputs, PackedSequence) else inputs.shape[1]
+        seen = width + (0 if past_key_values is None else past_key_values.seen_steps)
+        cache = RecurrentCache.from_state(state, seen)
+        output = RecurrentModelOutput(
+            last_hidden_state=steps,
+            pooler_output=cache.hidden_state[-self.config.num_directions :].transpose(0, 1).flatten(1),
+            past_key_values=cache if _default(use_cache, self.config.use_cache) else None,
+        )
+        return _result(output, _default(return_dict, self.config.return_dict))
+
+    def _embed(self, inputs: Tensor) -> Tensor:
+        if self.embeddings is None:
+            return inputs.to(self.dtype)
+        return self.embeddings(inputs)
+
+    def _check_inputs(self, input_ids: Steps | None, input_values: Steps | None) -> Steps:
+        features = self.config.input_size
+        if features is None:
+            name, inputs, other = "input_ids", input_ids, input_values
+        else:
+            name, inputs, other = "input_values", input_values, input_ids
+        if inputs is None or other is not None:
+            given = {"input_ids": input_ids, "input_values": input_values}
+            found = " and ".join(key for key, value in given.items() if value is not None)
+            raise ValueError(f"this model reads {name} alone, found {found or 'neither'}")
+        packed = isinstance(inputs, PackedSequence)
+        expected = [*(["N"] if packed else ["B", "T"]), *([] if features is None else [features])]
+        shape = list(inputs.data.shape)
+        if len(shape) != len(expected) or (features is not None and shape[-1] != features):
+            raise ValueError(
+                f"{name} must be {'packed with data' if packed else 'a tensor'} of shape "
+                f"[{', '.join(map(str, expected))}], found {shape}"
+            )
+        return inputs
+
+
+class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
+    """One prediction a sequence, from the state after the last real step."""
+
+    def __init__(self, config: RecurrentConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.recurrent = RecurrentModel(config)
+        self.classifier = nn.Linear(config.output_size, cast(int, config.num_labels))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Steps | None = None,
+        attention_mask: Steps | None = None,
+        input_values: Steps | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
+        """Return ``logits`` ``[B, C]`` and, with labels, the loss.
+
+        Args:
+            input_ids: see :meth:`RecurrentModel.forward`, as are the next two.
+            attention_mask: padding is zero.
+            input_values: features.
+            labels: int64 ``[B]`` for single-label classification, ``[B, C]`` for multi-label, float
+                ``[B, C]`` (``[B]`` where C is 1) for regression; ``config.problem_type`` says which, and is
+                set from the first labels where it is None.
+            return_dict: False for a plain tuple.
+            num_items_in_batch: what the summed loss is divided by.
+            **kwargs: ignored.
+
+        Raises:
+            ValueError: see :meth:`RecurrentModel.forward`; or the labels have another shape.
+        """
+        output = self.recurrent(input_ids, attention_mask, input_values, use_cache=False, return_dict=True)
+        logits = self.classifier(output.pooler_output)
+        loss = None if labels is None else sequence_loss(logits, labels, self.config, num_items_in_batch)
+        return _result(
+            SequenceClassifierOutput(loss=loss, logits=logits), _default(return_dict, self.config.return_dict)
+        )
+
+
+class RecurrentForTokenClassification(RecurrentPreTrainedModel):
+    """One prediction a step."""
+
+    def __init__(self, config: RecurrentConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.recurrent = RecurrentModel(config)
+        self.classifier = nn.Linear(config.output_size, cast(int, config.num_labels))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Steps | None = None,
+        attention_mask: Steps | None = None,
+        input_values: Steps | None = None,
+        labels: Steps | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput | tuple[Any, ...]:
+        """Return ``logits`` ``[B, T, C]``, or packed, and, with labels, the loss over real steps.
+
+        Args:
+            input_ids: see :meth:`RecurrentModel.forward`, as are the next two.
+            attention_mask: padding is zero.
+            input_values: features.
+            labels: int64 ``[B, T]``, or packed where the inputs are; -100 is ignored, and so is padding.
+            return_dict: False for a plain tuple.
+            num_items_in_batch: what the summed loss is divided by.
+            **kwargs: ignored.
+
+        Raises:
+            ValueError: see :meth:`RecurrentModel.forward`; or the labels do not fit the inputs.
+        """
+        output = self.recurrent(input_ids, attention_mask, input_values, use_cache=False, return_dict=True)
+        logits: Any = map_steps(self.classifier, output.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = step_loss(logits, step_labels(labels, logits, attention_mask), num_items_in_batch)
+        return _result(TokenClassifierOutput(loss=loss, logits=logits), _default(return_dict, self.config.return_dict))
+
+
+class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
+    """A language model: at every step, the next token."""
+
+    # transformers 5 reads the pairs, transformers 4 the names alone.
+    _tied_weights_keys = {"lm_head.weight": "recurrent.embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: RecurrentConfig) -> None:
+        if config.vocab_size is None or config.bidirectional:
+            raise ValueError(
+                f"a causal language model needs a vocab_size and bidirectional=False, found "
+                f"vocab_size={config.vocab_size} and bidirectional={config.bidirectional}"
+            )
+        super().__init__(config)
+        self.recurrent = RecurrentModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """Return the head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Replace the head."""
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Steps | None = None,
+        attention_mask: Steps | None = None,
+        past_key_values: RecurrentCache | None = None,
+        labels: Steps | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Return ``logits`` ``[B, T, V]``, or packed, and, with labels, the loss of predicting the next one.
+
+        Args:
+            input_ids: see :meth:`RecurrentModel.forward`, as are the next two.
+            attention_mask: padding is zero.
+            past_key_values: the state to start from.
+            labels: int64 in the layout of ``input_ids``, usually equal to them. They are shifted here,
+                within each sequence: its first label is never predicted, whatever padding stands before it.
+            use_cache: whether to return the final state.
+            return_dict: False for a plain tuple.
+            logits_to_keep: compute the logits of the last so many columns of a padded batch; 0 for all.
+            num_items_in_batch: what the summed loss is divided by.
+            **kwargs: ignored.
+
+        Raises:
+            ValueError: see :meth:`RecurrentModel.forward`; or the labels do not fit the inputs, or
+                ``logits_to_keep`` comes with labels or with packed inputs.
+        """
+        output = self.recurrent(
+            input_ids,
+            attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            return_dict=True,
+        )
+        steps = output.last_hidden_state
+        if logits_to_keep:
+            if isinstance(steps, PackedSequence) or labels is not None:
+                raise ValueError("logits_to_keep serves generation: leave it out with labels and packed inputs")
+            steps = steps[:, -logits_to_keep:]
+        logits: Any = map_steps(self.lm_head, steps)
+        loss = None
+        if labels is not None:
+            targets = next_labels(step_labels(labels, logits, attention_mask), attention_mask)
+            loss = step_loss(logits, targets, num_items_in_batch)
+        return _result(
+            CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values),
+            _default(return_dict, self.config.return_dict),
+        )
+
+
+def _default(value: bool | None, otherwise: bool | None) -> bool:
+    return bool(otherwise) if value is None else value
+
+
+def _result(output: Output, return_dict: bool) -> Output | tuple[Any, ...]:
+    return output if return_dict else output.to_tuple()
