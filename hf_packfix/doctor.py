@@ -153,8 +153,12 @@ def _trainers(package: str) -> dict[str, list[str]]:
         cls = waiting.pop()
         waiting.extend(cls.__subclasses__())
         # A class of another module counts where this one shows it, as scripts do that import theirs.
-        shown = getattr(sys.modules[package], cls.__name__, None) is cls and cls is not Trainer
-        if shown or cls.__module__ == package or cls.__module__.startswith(f"{package}."):
+        shown = getattr(sys.modules[package], cls.__name__, None) is cls
+        if (
+            (shown and not cls.__module__.startswith("transformers."))
+            or cls.__module__ == package
+            or cls.__module__.startswith(f"{package}.")
+        ):
             found[f"{cls.__module__}.{cls.__qualname__}"] = sorted(patched & set(vars(cls)))
     return dict(sorted(found.items()))
 

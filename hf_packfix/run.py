@@ -53,7 +53,8 @@ def run(target: str, arguments: Sequence[str], *, as_module: bool) -> int:
         else:
             runpy.run_path(target, run_name="__main__")
     except Exception as error:
-        sys.excepthook(type(error), error, _of_program(error.__traceback__))
+        error.__traceback__ = _of_program(error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)
         return 1
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -67,6 +68,60 @@ def test_any_order_of_imports(first):
     # `Seq2SeqTrainer` brings in the last of the modules that are patched.
     result = run(first + "\nfrom transformers import Seq2SeqTrainer, BatchFeature" + TRAINS)
     assert result.returncode == 0, result.stderr
+
+
+STEPS = {
+    "import": "import hf_packfix",
+    "trainer": "from transformers import Trainer; original = vars(Trainer)['_prepare_input']",
+    "foreign": """
+inner = Trainer._prepare_input
+def foreign(self, data):
+    calls.append(1)
+    return inner(self, data)
+Trainer._prepare_input = foreign""",
+    "disable": "hf_packfix.disable()",
+    "enable": "hf_packfix.enable()",
+}
+ORDERS = [
+    order
+    for order in itertools.permutations(STEPS)
+    if order.index("trainer") < order.index("foreign")
+    and order.index("import") < min(order.index("disable"), order.index("enable"))
+]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_any_order_with_a_foreign_patch(order):
+    on = next(step for step in reversed(order) if step in ("import", "disable", "enable")) != "disable"
+    result = run(
+        "calls = []\n"
+        + "\n".join(STEPS[step] for step in order)
+        + f"""
+import torch, types
+from torch.nn.utils.rnn import pack_sequence
+trainer = Trainer.__new__(Trainer)
+trainer.args = types.SimpleNamespace(device=torch.device("meta"))
+trainer.is_deepspeed_enabled = False
+packed = pack_sequence([torch.ones(1), torch.ones(2)], enforce_sorted=False)
+try:
+    moved = trainer._prepare_input([packed])[0].data.device.type
+except AssertionError:
+    moved = "refused"
+assert moved == {"meta" if on else "refused"!r}, moved
+assert hf_packfix.is_enabled() is {on}
+assert calls
+standing = vars(Trainer)["_prepare_input"]
+hf_packfix.enable()
+assert trainer._prepare_input(packed).data.device.type == "meta"
+hf_packfix.disable()
+assert vars(Trainer)["_prepare_input"] is foreign
+try:
+    trainer._prepare_input(packed)
+except AssertionError:
+    print("done")
+"""
+    )
+    assert result.stdout == "done\n", result.stderr
 
 
 def test_import_loads_neither_torch_nor_transformers():

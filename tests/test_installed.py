@@ -1,0 +1,324 @@
+"""An installed wheel: programs that never mention the plugin, and the commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.installed import ROOT, STARTUP_FILES, Environment, wheel
+
+TRAIN = """
+import multiprocessing, sys, torch
+from torch.nn.utils.rnn import pack_sequence
+from transformers import Trainer, TrainingArguments
+
+class Tagger(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru = torch.nn.GRU(2, 3)
+    def forward(self, x, labels):
+        states = self.gru(x)[0]
+        return {"loss": torch.nn.functional.cross_entropy(states.data, labels.data), "logits": states}
+
+def collate(rows):
+    return {key: pack_sequence([row[key] for row in rows], enforce_sorted=False) for key in rows[0]}
+
+class SomebodysTrainer(Trainer):
+    pass
+
+if __name__ == "__main__":
+    if "spawn" in sys.argv:
+        multiprocessing.set_start_method("spawn")
+    rows = [{"x": torch.ones(n, 2), "labels": torch.arange(n) % 3} for n in (1, 4, 2, 5)]
+    args = TrainingArguments("out", max_steps=2, per_device_train_batch_size=1, report_to=[], save_strategy="no",
+                             use_cpu=True, disable_tqdm=True, dataloader_num_workers=int("spawn" in sys.argv))
+    trainer = SomebodysTrainer(Tagger(), args, collate, rows, rows, compute_metrics=lambda p: {"n": len(p.label_ids)})
+    trainer.train()
+    assert trainer.evaluate()["eval_n"] == 4
+    print("trained", sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The wheel in an environment that sees the packages of this one."""
+    environment = Environment(tmp_path_factory.mktemp("venv") / "venv").share_packages()
+    environment.pip("install", "--no-deps", "--no-index", str(wheel()))
+    return environment
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    path = tmp_path_factory.mktemp("program") / "train.py"
+    path.write_text(TRAIN)
+    return path
+
+
+def test_install_and_uninstall(tmp_path):
+    environment = Environment(tmp_path / "venv")
+    environment.write("other.py", "")  # pip removes a folder that it leaves empty
+    before = set(environment.site.iterdir())
+    environment.pip("install", "--no-deps", "--no-index", str(wheel()))
+    assert all((environment.site / name).exists() for name in STARTUP_FILES)
+    environment.pip("uninstall", "--yes", "hf-packfix")
+    assert set(environment.site.iterdir()) == before
+
+
+def test_editable_install_and_uninstall(tmp_path):
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns(".git", ".venv", "__pycache__", "tests")
+    shutil.copytree(ROOT, source, ignore=ignore)
+    environment = Environment(tmp_path / "venv")
+    environment.write("other.py", "")  # pip removes a folder that it leaves empty
+    before = set(environment.site.iterdir())
+    environment.pip("install", "--no-deps", "--editable", str(source))
+    for name in STARTUP_FILES:
+        assert (environment.site / name).read_bytes() == (ROOT / "hf_packfix/startup" / name).read_bytes()
+    environment.pip("uninstall", "--yes", "hf-packfix")
+    assert set(environment.site.iterdir()) == before
+
+
+# --- HF_PACKFIX=1 python train.py -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["spawn"]])
+def test_an_unedited_program_trains(installed, program, arguments):
+    result = installed.run(str(program), *arguments, variable="1", cwd=program.parent)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"trained {arguments}"
+    assert "hf_packfix" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("variable", [None, "0"])
+def test_it_fails_as_stock_does_when_nobody_asks(installed, program, variable):
+    result = installed.run(str(program), variable=variable, cwd=program.parent)
+    assert result.returncode == 1
+    assert "AssertionError: Expected data to be a list or tuple of length 2" in result.stderr
+
+
+def test_status_says_what_activated_it(installed):
+    code = "import transformers, hf_packfix; print(hf_packfix.status().reason)"
+    assert installed.run("-c", code, variable="true").stdout == "activated by HF_PACKFIX=true\n"
+    assert installed.run("-c", code).stdout == "activated by import hf_packfix\n"
+    assert installed.run("-c", code, variable="0").stdout == "HF_PACKFIX=0 keeps it off\n"
+    assert installed.run("-E", "-c", code, variable="0").stdout == "activated by import hf_packfix\n"
+
+
+def pretend_old(environment, version="4.30.2"):
+    return environment.write(
+        f"transformers-{version}.dist-info/METADATA",
+        f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n",
+    ).parent
+
+
+def test_below_the_floor_the_program_runs_and_one_line_says_why(installed):
+    old = pretend_old(installed)
+    try:
+        code = "from transformers import Trainer; import sys; print(Trainer.__name__, 'hf_packfix' in sys.modules)"
+        result = installed.run("-c", code, variable="1")
+        assert (result.stdout, result.returncode) == ("Trainer True\n", 0)
+        (line,) = [line for line in result.stderr.splitlines() if "packfix" in line]
+        assert "needs transformers >= 4.46, but found transformers 4.30.2" in line
+        forced = installed.run(
+            "-c", "import transformers, hf_packfix; print(hf_packfix.is_enabled())", variable="force"
+        )
+        assert forced.stdout == "True\n"
+        doctor = installed.run("-m", "hf_packfix", "doctor", "--json", variable="1")
+        assert doctor.returncode == 1
+        assert "found transformers 4.30.2" in json.loads(doctor.stdout)["problems"][0]
+    finally:
+        shutil.rmtree(old)
+
+
+def test_newer_than_tested_under_warnings_as_errors(installed):
+    new = pretend_old(installed, "99.0")
+    try:
+        code = "import transformers, hf_packfix; print(hf_packfix.is_enabled())"
+        result = installed.run("-W", "error::UserWarning", "-c", code, variable="1")
+        assert result.stdout == "True\n", result.stderr
+        assert sum("99.0 is newer than" in line for line in result.stderr.splitlines()) == 1
+    finally:
+        shutil.rmtree(new)
+
+
+@pytest.mark.parametrize("missing", ["wrapt", "importlib_metadata"])
+def test_a_missing_dependency_is_one_line(installed, missing):
+    blocked = installed.write(f"{missing}/__init__.py", f"raise ModuleNotFoundError('No module named {missing}')")
+    try:
+        result = installed.run("-c", "from transformers import Trainer; print('ran')", variable="1")
+        assert (result.stdout, result.returncode) == ("ran\n", 0)
+        (line,) = [line for line in result.stderr.splitlines() if "packfix" in line]
+        assert f"No module named {missing}" in line
+    finally:
+        shutil.rmtree(blocked.parent)
+
+
+def test_the_log(installed):
+    code = """
+import logging, sys
+logging.basicConfig(stream=sys.stdout, format="%(name)s %(levelname)s %(message)s")
+logging.getLogger("hf_packfix").setLevel(sys.argv[1])
+from transformers import Trainer, Seq2SeqTrainer
+import hf_packfix; hf_packfix.enable()
+"""
+    info = installed.run("-c", code, "INFO", variable="1").stdout.splitlines()
+    assert len(info) == 1
+    assert info[0].startswith("hf_packfix INFO hf_packfix ")
+    assert "activated by HF_PACKFIX=1" in info[0]
+    assert "transformers " in info[0]
+    debug = installed.run("-c", code, "DEBUG", variable="1").stdout
+    assert "hf_packfix DEBUG transformers.trainer:Trainer._prepare_input: applied" in debug
+    assert installed.run("-c", code, "INFO", variable="1", env={"RANK": "1"}).stdout == ""
+
+
+# --- run ------------------------------------------------------------------------------------------------
+
+
+SHOWS = """
+import os, subprocess, sys
+print(__name__, sys.argv, sys.path[0], os.environ.get("HF_PACKFIX"))
+import hf_packfix
+print(hf_packfix.status().reason)
+if sys.argv[1:] == ["raise"]:
+    raise KeyError("mine")
+if sys.argv[1:] == ["exit"]:
+    sys.exit(7)
+"""
+
+
+@pytest.fixture
+def shows(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/shows.py").write_text(SHOWS)
+    return tmp_path
+
+
+def test_run_a_script(installed, shows):
+    result = installed.run("-m", "hf_packfix", "run", "folder/shows.py", "-m", "--x", "1", cwd=shows)
+    expected = f"__main__ ['folder/shows.py', '-m', '--x', '1'] {shows / 'folder'} 1\n"
+    assert result.stdout == expected + "activated by hf-packfix run\n", result.stderr
+    assert result.returncode == 0
+
+
+def test_run_a_module(installed, shows):
+    result = installed.run("-m", "hf_packfix", "run", "-m", "shows", "--y", cwd=shows / "folder", variable="0")
+    first, second = result.stdout.splitlines()
+    assert first == f"__main__ ['{shows / 'folder/shows.py'}', '--y'] {shows / 'folder'} 1"
+    assert second == "activated by hf-packfix run"
+
+
+def test_run_keeps_exit_status_and_traceback(installed, shows):
+    script = str(shows / "folder/shows.py")
+    command = [str(installed.python.parent / "hf-packfix"), "run", script]
+    exits = subprocess.run([*command, "exit"], capture_output=True, text=True, check=False)
+    assert exits.returncode == 7
+    raises = subprocess.run([*command, "raise"], capture_output=True, text=True, check=False)
+    assert raises.returncode == 1
+    plain = installed.run(script, "raise")
+    assert raises.stderr == plain.stderr  # the program's frames alone
+
+
+def test_run_trains_where_start_up_files_do_not_work(installed, program):
+    result = installed.run("-m", "hf_packfix", "run", str(program), "spawn", cwd=program.parent)
+    assert result.stdout.splitlines()[-1] == "trained ['spawn']", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "the following arguments are required: SCRIPT"),
+        (["run", "nowhere.py"], "run: cannot open 'nowhere.py': no such file; for a module, use: run -m nowhere.py"),
+        (["run", "-m", "no.where"], "run -m: there is no module named 'no.where'"),
+        (["walk"], "invalid choice: 'walk'"),
+    ],
+)
+def test_bad_usage(installed, tmp_path, arguments, message):
+    result = installed.run("-m", "hf_packfix", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# --- doctor ---------------------------------------------------------------------------------------------
+
+
+def doctor(installed, *arguments, **kwargs):
+    result = installed.run("-m", "hf_packfix", "doctor", "--json", *arguments, **kwargs)
+    return result.returncode, json.loads(result.stdout)
+
+
+def test_doctor_of_a_healthy_installation(installed):
+    status, report = doctor(installed)
+    assert (status, report["problems"], report["warnings"]) == (0, [], [])
+    assert report["selftest"] == "passed"
+    assert list(report["startup_files"].values()) == ["intact"] * 3
+    assert {patch["state"] for patch in report["status"]["patches"]} == {"applied"}
+    text = installed.run("-m", "hf_packfix", "doctor", variable="1")
+    assert text.returncode == 0
+    assert text.stdout.splitlines()[-1] == "healthy"
+    assert "HF_PACKFIX is '1'" in text.stdout
+
+
+def test_doctor_when_it_is_off(installed):
+    status, report = doctor(installed, variable="off")
+    assert (status, report["problems"]) == (0, [])
+    assert report["selftest"] == "skipped: hf_packfix is not enabled"
+    assert report["status"]["reason"] == "HF_PACKFIX=off keeps it off"
+
+
+def test_doctor_names_a_value_that_means_nothing(installed):
+    status, report = doctor(installed, variable="maybe")
+    assert status == 1
+    assert report["problems"][0].startswith("HF_PACKFIX='maybe' is not one of: 1, true")
+
+
+def test_doctor_sees_damaged_start_up_files(installed):
+    path = installed.site / "hf_packfix_auto.pth"
+    whole = path.read_bytes()
+    try:
+        path.unlink()
+        status, report = doctor(installed, variable="1")
+        assert status == 1
+        assert "start-up files are not all there" in report["problems"][0]
+        status, report = doctor(installed)
+        assert status == 0
+        assert "HF_PACKFIX=1 would not work here" in report["warnings"][0]
+        path.write_bytes(whole + b"\n# more\n")
+        assert doctor(installed)[1]["startup_files"][str(path)] == "changed"
+    finally:
+        path.write_bytes(whole)
+
+
+def test_doctor_lists_what_trainers_override(installed, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from transformers import Trainer, Seq2SeqTrainer\n"
+        "class A(Trainer):\n    def prediction_step(self, *a, **k): pass\n    def other(self): pass\n"
+        "class B(A):\n    def _prepare_input(self, data): return data\n"
+        "class C(Seq2SeqTrainer): pass\n"
+    )
+    status, report = doctor(installed, "--import", "mine", env={"PYTHONPATH": str(tmp_path)})
+    assert status == 0
+    assert report["trainers"] == {"mine.A": ["prediction_step"], "mine.B": ["_prepare_input"], "mine.C": []}
+    status, report = doctor(installed, "--import", "no_such_module")
+    assert status == 1
+    assert "--import no_such_module: ModuleNotFoundError" in report["problems"][0]
+
+
+def test_doctor_reports_a_failing_self_test(installed):
+    broken = "import transformers\ndel transformers.Trainer.compute_loss\n"
+    code = f"{broken}import sys; from hf_packfix.cli import main; sys.exit(main(['doctor', '--json']))"
+    result = installed.run("-c", code)
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["selftest"].startswith("failed: AttributeError")
+
+
+def test_version(installed):
+    import hf_packfix
+
+    result = installed.run("-m", "hf_packfix", "--version")
+    assert result.stdout == f"hf-packfix {hf_packfix.__version__}\n"
+    assert sys.version_info >= (3, 10)

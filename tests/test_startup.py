@@ -1,0 +1,294 @@
+"""The start-up files: what an interpreter does with them, on every Python at hand.
+
+``transformers`` and, mostly, the package itself are stand-ins here, since what is tested is the way there.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import pkgutil
+import shutil
+import sys
+
+import pytest
+
+from hf_packfix import switch
+from tests.installed import ROOT, STARTUP, STARTUP_FILES, Environment, interpreters
+
+ON = ["1", "true", "YES", " On ", "force"]
+OFF = ["0", "False", "no", " OFF"]
+MODULES = "import sys; print(sorted(sys.modules))"
+
+FAKE_PACKAGE = "import sys\nsys.modules.setdefault('log', []).append('hf_packfix')\n"
+FAKE_TRANSFORMERS = "import sys\nsys.modules.setdefault('log', []).append('transformers')\nfrom . import trainer\n"
+USES = """
+import sys
+before = "hf_packfix" in sys.modules
+import transformers
+print(before, sys.modules["log"], type(transformers.__spec__.loader).__name__, type(transformers.__loader__).__name__)
+print([type(finder).__name__ for finder in sys.meta_path if "packfix" in type(finder).__module__])
+"""
+ACTIVATED = "False ['hf_packfix', 'transformers'] SourceFileLoader SourceFileLoader\n[]\n"
+UNTOUCHED = "False ['transformers'] SourceFileLoader SourceFileLoader\n[]\n"
+
+
+@pytest.fixture(scope="module", params=interpreters(), ids=str)
+def environment(request, tmp_path_factory):
+    """The start-up files beside stand-ins for the package and for transformers."""
+    environment = Environment(tmp_path_factory.mktemp("venv") / "venv", interpreters()[request.param])
+    for name in STARTUP_FILES:
+        shutil.copy(STARTUP / name, environment.site)
+    environment.write("hf_packfix/__init__.py", FAKE_PACKAGE)
+    environment.write("transformers/__init__.py", FAKE_TRANSFORMERS)
+    environment.write("transformers/trainer.py", "")
+    return environment
+
+
+@pytest.fixture(scope="module")
+def without_us(tmp_path_factory, environment):
+    """An environment with somebody else's path file: reading any loads what is needed to decode it."""
+    without = Environment(tmp_path_factory.mktemp("venv") / "venv", str(environment.python))
+    without.write("other.pth", "# nothing\n")
+    return without
+
+
+# --- what the variable says -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variable", [None, "", "  ", *OFF])
+def test_off_leaves_no_trace(environment, without_us, variable):
+    found = environment.run("-c", MODULES, variable=variable)
+    expected = without_us.run("-c", MODULES, variable=variable)
+    assert (found.stdout, found.stderr, found.returncode) == (expected.stdout, "", 0)
+    assert environment.run("-c", USES, variable=variable).stdout == UNTOUCHED
+
+
+@pytest.mark.parametrize("variable", ON)
+def test_on_imports_nothing_until_transformers_is(environment, without_us, variable):
+    found = ast.literal_eval(environment.run("-c", MODULES, variable=variable).stdout)
+    expected = ast.literal_eval(without_us.run("-c", MODULES, variable=variable).stdout)
+    assert set(found) - set(expected) == {"_hf_packfix_boot"}
+    used = environment.run("-c", USES, variable=variable)
+    assert (used.stdout, used.stderr) == (ACTIVATED, "")
+
+
+@pytest.mark.parametrize("variable", ["2", "maybe", "1; import os", "オン"])
+def test_anything_else_is_named_and_activates_nothing(environment, variable):
+    result = environment.run("-c", USES, variable=variable)
+    assert result.returncode == 0
+    assert result.stdout == UNTOUCHED
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("hf_packfix: HF_PACKFIX=")
+    assert "is not one of: 1, true, yes, on, force, 0, false, no, off" in line
+
+
+def test_one_process_of_a_distributed_run_speaks(environment):
+    assert environment.run("-c", "", variable="maybe", env={"RANK": "1"}).stderr == ""
+    assert environment.run("-c", "", variable="maybe", env={"RANK": "0"}).stderr != ""
+
+
+@pytest.mark.parametrize("flag", ["-I", "-E", "-S"])
+def test_isolated_modes(environment, flag):
+    result = environment.run(flag, "-c", MODULES, variable="1")
+    assert "packfix" not in result.stdout
+    assert (result.stderr, result.returncode) == ("", 0)
+
+
+def test_the_two_tables_of_values_agree():
+    boot = {}
+    exec((STARTUP / "_hf_packfix_boot.py").read_text(), boot)
+    assert boot["ACCEPTED"] == switch.ACCEPTED
+    assert boot["VARIABLE"] == switch.VARIABLE
+    for value in [None, "", " ", "maybe", *ON, *OFF]:
+        assert boot["meaning"](value) == switch.meaning(value)
+
+
+# --- where it runs --------------------------------------------------------------------------------------
+
+
+def test_looking_for_transformers_is_not_importing_it(environment):
+    code = "import importlib.util; assert importlib.util.find_spec('transformers').loader.is_package('transformers')"
+    result = environment.run("-c", f"{code}\n{USES}", variable="1")
+    assert (result.stdout, result.stderr) == (ACTIVATED, "")
+
+
+def test_starting_again_is_harmless(environment):
+    result = environment.run("-c", f"import _hf_packfix_boot as b; b.start(); b.start()\n{USES}", variable="1")
+    assert (result.stdout, result.stderr) == (ACTIVATED, "")
+
+
+def test_other_import_hooks(environment):
+    code = """
+import importlib.util, sys
+class Nothing:
+    def find_spec(self, name, path=None, target=None): return None
+class Ancient: pass
+class Asks:
+    asking = False
+    def find_spec(self, name, path=None, target=None):
+        if name != "transformers" or Asks.asking: return None
+        Asks.asking = True
+        try: return importlib.util.find_spec(name)
+        finally: Asks.asking = False
+sys.meta_path[:0] = [Nothing(), Asks()]
+sys.meta_path += [Nothing()]
+"""
+    result = environment.run("-c", code + USES, variable="1")
+    assert (result.stdout, result.stderr) == (ACTIVATED, "")
+
+
+def test_without_transformers(environment):
+    code = """
+try:
+    import transformers.nowhere
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    assert environment.run("-c", code, variable="1").stdout == "transformers.nowhere\n"
+
+
+def test_under_m_and_in_a_repl(environment):
+    environment.write("program.py", USES)
+    assert environment.run("-m", "program", variable="1").stdout == ACTIVATED
+    session = environment.run("-i", input="import transformers, sys\nprint(sys.modules['log'])\n", variable="1")
+    assert "['hf_packfix', 'transformers']" in session.stdout
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "subprocess"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_children(environment, tmp_path, method):
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import multiprocessing, subprocess, sys
+def child():
+    exec({USES!r}, {{}})
+    sys.stdout.flush()
+if __name__ == "__main__":
+    if {method!r} == "subprocess":
+        subprocess.run([sys.executable, "-c", {USES!r}], check=True)
+    else:
+        process = multiprocessing.get_context({method!r}).Process(target=child)
+        process.start(); process.join()
+        assert process.exitcode == 0
+""")
+    result = environment.run(str(program), variable="1")
+    assert (result.stdout, result.returncode) == (ACTIVATED, 0), result.stderr
+
+
+# --- what can be wrong ----------------------------------------------------------------------------------
+
+
+def broken(environment, tmp_path, change):
+    """Run the program in a copy of the environment's site-packages after ``change`` to it."""
+    fresh = Environment(tmp_path / "venv", str(environment.python))
+    shutil.copytree(environment.site, fresh.site, dirs_exist_ok=True)
+    change(fresh)
+    return fresh.run("-c", "import transformers; print('ran')", variable="1")
+
+
+FAULTS = {
+    "the package is gone": (lambda e: shutil.rmtree(e.site / "hf_packfix"), "No module named 'hf_packfix'"),
+    "the boot module is gone": (lambda e: (e.site / "_hf_packfix_boot.py").unlink(), "_hf_packfix_boot.py is gone"),
+    "our code raises": (lambda e: e.write("hf_packfix/__init__.py", "raise KeyError('x')"), "KeyError: 'x'"),
+    "our code exits": (lambda e: e.write("hf_packfix/__init__.py", "raise SystemExit(3)"), "SystemExit: 3"),
+    "our code is cut short": (lambda e: e.write("hf_packfix/__init__.py", "def f("), "SyntaxError"),
+    "our code is not UTF-8": (lambda e: e.write("hf_packfix/__init__.py", b"x = '\xff'"), "SyntaxError"),
+    "our error has several lines": (
+        lambda e: e.write("hf_packfix/__init__.py", "raise OSError('a\\nb')"),
+        "OSError: a b",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_one_line_on_stderr(environment, tmp_path, fault):
+    change, message = FAULTS[fault]
+    result = broken(environment, tmp_path, change)
+    assert (result.stdout, result.returncode) == ("ran\n", 0)
+    (line,) = set(result.stderr.splitlines())
+    assert line.startswith("hf_packfix: ")
+    assert message in line
+
+
+# A path file that is not UTF-8 is not here: Python itself stops at it up to 3.12, whoever wrote it.
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("_hf_packfix_boot.py", b""),
+        ("_hf_packfix_boot.py", b"def start("),
+        ("_hf_packfix_boot.py", b"x = '\xff'"),
+        ("_hf_packfix_boot.py", b"\x00"),
+        ("hf_packfix_auto.pth", b""),
+        ("hf_packfix_auto.pth", b"import os, sys; os.environ.get("),
+    ],
+)
+def test_a_damaged_start_up_file_stops_nothing(environment, tmp_path, name, content):
+    result = broken(environment, tmp_path, lambda e: e.write(name, content))
+    assert (result.stdout, result.returncode) == ("ran\n", 0)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+@pytest.mark.parametrize("name", ["_hf_packfix_boot.py", "hf_packfix_auto.pth"])
+def test_an_unreadable_start_up_file_stops_nothing(environment, tmp_path, name):
+    result = broken(environment, tmp_path, lambda e: (e.site / name).chmod(0))
+    assert (result.stdout, result.returncode) == ("ran\n", 0)
+
+
+def test_a_broken_transformers_fails_as_without_us(environment, tmp_path):
+    def change(fresh):
+        fresh.write("transformers/__init__.py", "raise RuntimeError('theirs')")
+
+    result = broken(environment, tmp_path, change)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "RuntimeError: theirs"
+
+
+def test_a_closed_stderr_stops_nothing(environment):
+    result = environment.run("-c", "print('ran')", variable="maybe", preexec_fn=lambda: os.close(2))
+    assert (result.stdout, result.returncode) == ("ran\n", 0)
+
+
+# --- what the files hold --------------------------------------------------------------------------------
+
+
+def test_the_path_file_is_one_plain_line():
+    (line,) = (STARTUP / "hf_packfix_auto.pth").read_text(encoding="ascii").splitlines()
+    assert line.startswith("import os, sys; os.environ.get(")
+    names = {node.id for node in ast.walk(ast.parse(line)) if isinstance(node, ast.Name)}
+    assert not names & {"exec", "eval", "compile"}
+
+
+def test_the_start_file_obeys_its_rules():
+    # PEP 829: UTF-8, an entry point `module:callable` a line, `#` comments; resolved with
+    # `pkgutil.resolve_name` and called without arguments; the same stem silences the path file's import line.
+    text = (STARTUP / "hf_packfix_auto.start").read_text(encoding="utf-8")
+    entries = [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")]
+    assert entries == ["_hf_packfix_boot:start"]
+    assert (STARTUP / "hf_packfix_auto.start").stem == (STARTUP / "hf_packfix_auto.pth").stem
+    sys.path.insert(0, str(STARTUP))
+    try:
+        assert pkgutil.resolve_name(entries[0])() is None
+    finally:
+        sys.path.remove(str(STARTUP))
+        sys.modules.pop("_hf_packfix_boot", None)
+
+
+def test_a_start_file_alone_does_the_same(environment, tmp_path):
+    """Do what Python 3.15 does: call the entry points of the `.start` file, skip the import line of the `.pth`."""
+    fresh = Environment(tmp_path / "venv", str(environment.python))
+    shutil.copytree(environment.site, fresh.site, dirs_exist_ok=True)
+    (fresh.site / "hf_packfix_auto.pth").unlink()
+    start = "import pkgutil; pkgutil.resolve_name('_hf_packfix_boot:start')()\n"
+    assert fresh.run("-c", start + USES, variable="1").stdout == ACTIVATED
+    for variable in (None, "0"):
+        found = fresh.run("-c", start + "import sys; print('_hf_packfix_boot' in sys.modules)", variable=variable)
+        assert found.stdout == "False\n"
+    isolated = fresh.run("-E", "-c", start + USES, variable="1")
+    assert isolated.stdout == UNTOUCHED
+
+
+def test_the_readme_shows_the_exact_files():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("hf_packfix_auto.pth", "hf_packfix_auto.start"):
+        assert (STARTUP / name).read_text().strip() in readme
