@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["contains", "is_namedtuple", "rebuild", "replace"]
+__all__ = ["contains", "graft", "is_namedtuple", "rebuild", "replace"]
 
 
 def contains(tree: Any) -> bool:
@@ -39,6 +39,22 @@ def replace(function: Callable[[PackedSequence], Any], tree: Any) -> Any:
         unchanged = all(values[key] is value for key, value in tree.items())
         return tree if unchanged else type(tree)(values)  # type: ignore[call-arg]
     return tree
+
+
+def graft(function: Callable[[PackedSequence, Any], Any], tree: Any, other: Any) -> Any:
+    """Return ``other`` with ``function(p, value)`` at the place of every PackedSequence ``p`` of ``tree``.
+
+    For functions upstream that treat everything else right: ``other`` is what they made of ``tree`` with a
+    stand-in at these places, and has its structure.
+    """
+    if isinstance(tree, PackedSequence):
+        return function(tree, other)
+    if not contains(tree):
+        return other
+    if isinstance(tree, Mapping):
+        values = {key: graft(function, value, other[key]) for key, value in tree.items()}
+        return type(other)(values)
+    return rebuild(other, [graft(function, *pair) for pair in zip(tree, other, strict=True)])
 
 
 def is_namedtuple(value: tuple[Any, ...]) -> bool:

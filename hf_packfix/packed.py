@@ -150,6 +150,8 @@ def take(packed: PackedSequence, which: slice | Sequence[int]) -> PackedSequence
         packed: the sequences.
         which: a slice, or places; as with a tensor, a slice may reach past the end and may be empty.
     """
+    if isinstance(which, slice) and which.indices(batch_size(packed)) == (0, batch_size(packed), 1):
+        return packed
     rank = _rank(packed)
     chosen = rank[which] if isinstance(which, slice) else rank[torch.tensor(which, dtype=torch.int64)]
     return from_flat(*_gather(packed, chosen), keep_order=packed.sorted_indices is None)
@@ -164,6 +166,8 @@ def concatenate(pieces: Sequence[PackedSequence]) -> PackedSequence:
     """
     if not pieces:
         raise ValueError("there is nothing to concatenate: expected at least one PackedSequence")
+    if len(pieces) == 1:
+        return pieces[0]
     flats, all_lengths = zip(*map(to_flat, pieces), strict=True)
     return from_flat(
         torch.cat(flats),

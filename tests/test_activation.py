@@ -137,6 +137,16 @@ def test_import_loads_neither_torch_nor_transformers():
     assert result.returncode == 0, result.stderr
 
 
+def test_activation_leaves_the_process_state_of_accelerate_alone():
+    # Creating it fixes whether the process is distributed, which is up to the Trainer's arguments.
+    result = run(
+        "import hf_packfix; from transformers import Seq2SeqTrainer, Trainer; hf_packfix.enable();"
+        "from accelerate.state import AcceleratorState, GradientState, PartialState;"
+        "assert not PartialState._shared_state and not AcceleratorState._shared_state"
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_enable_twice_wraps_once():
     wrapper = vars(Trainer)["_prepare_input"]
     hf_packfix.enable()

@@ -13,8 +13,8 @@ import torch
 from transformers import BatchFeature, EvalPrediction
 from transformers.trainer_pt_utils import nested_concat, nested_numpify, nested_truncate
 
-from hf_packfix.patches import PATCHES
-from tests import test_evaluate, test_seq2seq, test_train
+from hf_packfix.patches import PATCHES, Patch
+from tests import test_distributed, test_evaluate, test_seq2seq, test_train
 from tests.oracle import Tagger, packed_batch, padded_batch, rows, stock, train
 
 
@@ -41,6 +41,39 @@ def truncated(labels: Any) -> Any:
     return nested_numpify(nested_truncate(labels, 2))
 
 
+def alone(value: Any) -> Any:
+    return value
+
+
+def cast_to_half() -> None:
+    from torch.distributed.utils import _apply_to_tensors
+
+    pack = test_distributed.two_packs()[2]
+    features = pack._replace(data=pack.data.float())
+    cast, again = _apply_to_tensors(lambda data: data.half(), [features, {"x": features.data}])
+    assert torch.equal(cast.data, again["x"])
+    assert cast.data.dtype == torch.float16
+
+
+def broadcast_without_indices() -> None:
+    """Let a stand-in for the process group notice what is sent: data and layout, never a missing index."""
+    from unittest import mock
+
+    from accelerate.utils import DistributedType, operations
+
+    sent = []
+    state = mock.Mock(distributed_type=DistributedType.MULTI_CPU, debug=False)
+    data = rows(3)
+    pack = torch.nn.utils.rnn.pack_sequence(sorted((row["input_ids"] for row in data), key=len, reverse=True))
+    with (
+        mock.patch.object(operations, "PartialState", return_value=state),
+        mock.patch("torch.distributed.broadcast", lambda tensor, src: sent.append(tensor.clone())),
+    ):
+        same = operations.broadcast({"x": pack})["x"]
+    assert [len(tensor) for tensor in sent] == [len(pack.data), len(pack.batch_sizes)]
+    assert torch.equal(same.data, pack.data)
+
+
 #: What goes wrong without each patch: a check that passes with all of them on.
 NEEDED_BY: dict[str, Callable[[Any], None]] = {
     "Trainer._prepare_input": same_training,
@@ -62,13 +95,31 @@ NEEDED_BY: dict[str, Callable[[Any], None]] = {
     "EvalPrediction.__init__": same_labels(lambda labels: EvalPrediction(labels, labels).label_ids),
     "Seq2SeqTrainer.prediction_step": lambda d: test_seq2seq.test_generation_reports_what_the_padded_run_reports(d, 0),
     "BatchFeature.to": lambda d: same_training(d, collate=lambda features: BatchFeature(packed_batch(features))),
+    "find_batch_size (accelerate)": lambda d: test_distributed.test_operations(alone),
+    "slice_tensors": lambda d: test_distributed.test_operations(alone),
+    "concatenate": lambda d: test_distributed.test_operations(alone),
+    "get_data_structure": lambda d: test_distributed.test_operations(alone),
+    "initialize_tensors": lambda d: test_distributed.test_operations(alone),
+    "gather": lambda d: test_distributed.test_operations(alone),
+    "get_shape": lambda d: test_distributed.test_operations(alone),
+    "broadcast": lambda d: broadcast_without_indices(),
+    "Accelerator.gather_for_metrics": lambda d: (
+        test_distributed.test_gather_for_metrics_cuts_the_last_batch_by_sequence()
+    ),
+    "_apply_to_tensors": lambda d: cast_to_half(),
     "pad_across_processes": lambda d: test_evaluate.test_preprocessed_logits_are_rectangles(d),
 }
 
 
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.path)
+def name_of(patch: Patch) -> str:
+    """Return the path of a patch; two modules have a ``find_batch_size``."""
+    twin = patch.target == "accelerate.utils.operations:find_batch_size"
+    return f"{patch.path} (accelerate)" if twin else patch.path
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=name_of)
 def test_without_it_something_goes_wrong(tmp_path, patch, monkeypatch):
-    check = NEEDED_BY[patch.path]
+    check = NEEDED_BY[name_of(patch)]
     check(tmp_path)
     off = property(lambda self: self is not patch, lambda self, value: None)
     monkeypatch.setattr(type(patch), "active", off, raising=False)
@@ -77,4 +128,4 @@ def test_without_it_something_goes_wrong(tmp_path, patch, monkeypatch):
 
 
 def test_every_patch_has_a_check():
-    assert set(NEEDED_BY) == {patch.path for patch in PATCHES}
+    assert set(NEEDED_BY) == set(map(name_of, PATCHES))

@@ -93,6 +93,22 @@ def test_an_unedited_program_trains(installed, program, arguments):
     assert "hf_packfix" not in result.stdout + result.stderr
 
 
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [
+        (["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"], 2),
+        # On CPUs, accelerate leaves starting the second one to MPI, and starts one where there is none.
+        (["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"], 1),
+    ],
+    ids=["torchrun", "accelerate launch"],
+)
+def test_an_unedited_program_trains_under_a_launcher(installed, program, launcher, processes):
+    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    result = installed.run(*launcher, str(program), variable="1", cwd=program.parent, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("trained []") == processes
+
+
 @pytest.mark.parametrize("variable", [None, "0"])
 def test_it_fails_as_stock_does_when_nobody_asks(installed, program, variable):
     result = installed.run(str(program), variable=variable, cwd=program.parent)

@@ -7,7 +7,9 @@ patch in a process that has loaded neither torch nor transformers.
 from __future__ import annotations
 
 from hf_packfix.patches import (
+    accelerate_accelerator,
     accelerate_utils_operations,
+    torch_distributed_utils,
     transformers_feature_extraction_utils,
     transformers_trainer,
     transformers_trainer_evaluation,
@@ -28,4 +30,6 @@ PATCHES: tuple[Patch, ...] = (
     *transformers_trainer_seq2seq.PATCHES,
     *transformers_feature_extraction_utils.PATCHES,
     *accelerate_utils_operations.PATCHES,
+    *accelerate_accelerator.PATCHES,
+    *torch_distributed_utils.PATCHES,
 )

@@ -46,10 +46,21 @@ def prepare_input(original: Function, patch: Patch) -> Function:
 
     def _prepare_input(self: Any, data: Any) -> Any:
         if isinstance(data, tuple) and isinstance(data, PackedSequence) and patch.active:
+            if getattr(self.args, "n_gpu", 1) > 1:
+                raise ValueError(_DATA_PARALLEL.format(self.args.n_gpu))
             return with_data(data, self._prepare_input(data.data))
         return original(self, data)
 
     return _prepare_input
+
+
+# Said here, before the first forward: `DataParallel.scatter` would split the fields of a pack one by one and
+# die on `batch_sizes` with a message that names neither the cause nor a way out.
+_DATA_PARALLEL = (
+    "nn.DataParallel, which the Trainer uses for {0} GPUs without a launcher, cannot split a PackedSequence. Start a "
+    "process for each GPU, with `torchrun --nproc-per-node {0} SCRIPT` or `accelerate launch --num_processes {0} "
+    "SCRIPT`, or let the Trainer see one GPU alone (CUDA_VISIBLE_DEVICES=0)."
+)
 
 
 def _handles_floating_point_ops(original: Function) -> bool:
