@@ -92,19 +92,23 @@ def per_call(statement: str, number: int, **names: Any) -> Callable[[], float]:
     return lambda: timer.timeit(number) / number
 
 
-def interleave(cases: Mapping[str, Callable[[], float]], repeats: int) -> Samples:
+def interleave(cases: Mapping[str, Callable[[], float]], repeats: int, *, warm_up: bool = True) -> Samples:
     """Return samples of every case, taken in turn, so that a slow moment of the machine meets them all.
 
-    Every round begins with another case: whoever follows whom is no advantage. One more round, before the
-    others, warms up.
+    Every round begins with another case: whoever follows whom is no advantage.
+
+    Args:
+        cases: what to call for a sample, by name.
+        repeats: the number of rounds.
+        warm_up: whether one more round, before the others, does not count.
     """
     names = list(cases)
     samples: Samples = {name: [] for name in names}
-    for repeat in range(repeats + 1):
+    for repeat in range(-1 if warm_up else 0, repeats):
         start = repeat % len(names)
         for name in names[start:] + names[:start]:
             value = cases[name]()
-            if repeat:
+            if repeat >= 0:
                 samples[name].append(value)
     return samples
 
