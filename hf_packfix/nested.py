@@ -15,14 +15,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 __all__ = ["contains", "is_namedtuple", "rebuild", "replace"]
 
-# What a batch holds mostly. Asked for first: whether something is a `Mapping`, an abstract class, takes
-# several times as long to find out.
-_LEAVES = (Tensor, ndarray)
+# What a batch mostly holds. Asked for first, since whether something is a `Mapping`, an abstract class, takes
+# several times as long to find out; subclasses of these take that way.
+_LEAVES = frozenset({Tensor, ndarray, str, int, float, bool, type(None)})
 
 
 def contains(tree: Any) -> bool:
     """Tell whether there is a PackedSequence anywhere in ``tree``."""
-    if isinstance(tree, _LEAVES):
+    if type(tree) in _LEAVES:
         return False
     if isinstance(tree, (tuple, list)):
         return isinstance(tree, PackedSequence) or any(map(contains, tree))
@@ -37,7 +37,7 @@ def replace(function: Callable[[PackedSequence], Any], tree: Any) -> Any:
     Containers on the way to one are rebuilt in their own type; everything else, and a tree without a
     PackedSequence, comes back as the same object.
     """
-    if isinstance(tree, _LEAVES):
+    if type(tree) in _LEAVES:
         return tree
     if isinstance(tree, PackedSequence):
         return function(tree)
