@@ -141,30 +141,28 @@ def _handles_item_count(original: Function) -> bool:
 )
 def get_num_items_in_batch(original: Function, patch: Patch) -> Function:
     """Count the labels that are not -100; where the loss shifts labels, not each sequence's first."""
+    from hf_packfix.packed import PackedSequence, batch_size
+
+    def with_flat_labels(batch: Any, shifts: bool) -> Any:
+        if not isinstance(batch, Mapping):
+            return batch
+        flat: dict[str, Any] = {}
+        labels, shift_labels = batch.get("labels"), batch.get("shift_labels")
+        if isinstance(shift_labels, PackedSequence):
+            flat["shift_labels"] = shift_labels.data
+        if isinstance(labels, PackedSequence):
+            # The first B rows of `data` are the first labels of the B sequences. Where the loss shifts labels,
+            # the original leaves out one more, by `labels[..., 1:]`.
+            flat["labels"] = labels.data[batch_size(labels) - 1 :] if shifts else labels.data
+        return {**batch, **flat} if flat else batch
 
     def _get_num_items_in_batch(self: Any, batch_samples: Any, device: Any) -> Any:
         if patch.active:
             shifts = bool(getattr(self, "_loss_shifts_labels", False))
-            batch_samples = [_with_flat_labels(batch, shifts) for batch in batch_samples]
+            batch_samples = [with_flat_labels(batch, shifts) for batch in batch_samples]
         return original(self, batch_samples, device)
 
     return _get_num_items_in_batch
-
-
-def _with_flat_labels(batch: Any, shifts: bool) -> Any:
-    from hf_packfix.packed import PackedSequence, batch_size
-
-    if not isinstance(batch, Mapping):
-        return batch
-    flat: dict[str, Any] = {}
-    labels, shift_labels = batch.get("labels"), batch.get("shift_labels")
-    if isinstance(shift_labels, PackedSequence):
-        flat["shift_labels"] = shift_labels.data
-    if isinstance(labels, PackedSequence):
-        # The first B rows of `data` are the first labels of the B sequences. Where the loss shifts labels,
-        # the original leaves out one more, by `labels[..., 1:]`.
-        flat["labels"] = labels.data[batch_size(labels) - 1 :] if shifts else labels.data
-    return {**batch, **flat} if flat else batch
 
 
 PATCHES = (prepare_input, floating_point_ops, track_num_input_tokens, get_num_items_in_batch)
