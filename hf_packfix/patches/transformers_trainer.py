@@ -106,12 +106,15 @@ def track_num_input_tokens(original: Function, patch: Patch) -> Function:
 
     from hf_packfix.packed import PackedSequence, num_tokens
 
+    one = torch.ones((), dtype=torch.int64)
+
     def _track_num_input_tokens(self: Any, inputs: Any) -> Any:
         if patch.active:
             main = getattr(self.model, "main_input_name", "input_ids")
             packed = inputs.get(main) if isinstance(inputs, Mapping) else None
             if isinstance(packed, PackedSequence):
-                real = torch.ones(num_tokens(packed), dtype=torch.int64)
+                # Expanded, not filled: mostly nobody asked to count, which the original finds out.
+                real = one.expand(num_tokens(packed))
                 inputs = {**inputs, main: real, "attention_mask": real}
         return original(self, inputs)
 
