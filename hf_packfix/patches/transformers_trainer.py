@@ -39,13 +39,14 @@ def _handles_move(original: Function) -> bool:
 def prepare_input(original: Function, patch: Patch) -> Function:
     """Move the fields that must move; ``data`` goes through the subclass's own ``_prepare_input``.
 
-    The hottest patch: called for every leaf of every batch. One ``isinstance`` on a leaf that is no tuple
-    is all that ordinary batches pay, and whether the patch is active is asked only for tuples.
+    The hottest patch: called for every leaf of every batch. Ordinary batches pay for one ``issubclass``, which,
+    unlike ``isinstance``, does not also ask a leaf for its ``__class__``; whether the patch is active is asked
+    only where there is a PackedSequence.
     """
     from hf_packfix.packed import PackedSequence, with_data
 
     def _prepare_input(self: Any, data: Any) -> Any:
-        if isinstance(data, tuple) and isinstance(data, PackedSequence) and patch.active:
+        if issubclass(type(data), PackedSequence) and patch.active:
             return with_data(data, self._prepare_input(data.data))
         return original(self, data)
 
