@@ -81,11 +81,14 @@ def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
     comes back when nothing changes.
     """
     device = data.device
-    sorted_indices = _follow(packed.sorted_indices, device)
-    unsorted_indices = _follow(packed.unsorted_indices, device)
-    if data is packed.data and sorted_indices is packed.sorted_indices and unsorted_indices is packed.unsorted_indices:
-        return packed
-    return type(packed)(data, packed.batch_sizes, sorted_indices, unsorted_indices)
+    old, batch_sizes, sorted_indices, unsorted_indices = packed
+    stays = data is old
+    # Written out for both, and with no field read twice: every packed batch of every step comes through here.
+    if sorted_indices is not None and sorted_indices.device != device:
+        sorted_indices, stays = sorted_indices.to(device), False
+    if unsorted_indices is not None and unsorted_indices.device != device:
+        unsorted_indices, stays = unsorted_indices.to(device), False
+    return packed if stays else type(packed)(data, batch_sizes, sorted_indices, unsorted_indices)
 
 
 def same_packing(first: PackedSequence, second: PackedSequence) -> bool:
@@ -189,10 +192,6 @@ def check(packed: PackedSequence) -> None:
             f"this PackedSequence is inconsistent: its batch_sizes must not increase or fall below 1, found "
             f"{sizes.tolist()}; build it with torch.nn.utils.rnn.pack_sequence"
         )
-
-
-def _follow(indices: Tensor | None, device: torch.device) -> Tensor | None:
-    return indices if indices is None or indices.device == device else indices.to(device)
 
 
 def _rank(packed: PackedSequence) -> Tensor:
