@@ -132,16 +132,17 @@ def from_flat(flat: Tensor, lengths: Tensor, *, keep_order: bool = False) -> Pac
         return PackedSequence(flat, lengths.new_zeros(0), None if keep_order else lengths.to(flat.device))
     starts = lengths.cumsum(0) - lengths
     if keep_order and bool((lengths[:-1] >= lengths[1:]).all()):
-        by_rank, sorted_indices = lengths, None
+        sorted_indices = None
     else:
-        by_rank, sorted_indices = torch.sort(lengths, descending=True)
+        sorted_indices = torch.sort(lengths, descending=True).indices
         starts = starts[sorted_indices]
-    step = torch.arange(int(by_rank[0]))[:, None]
-    real = step < by_rank
-    source = (starts + step)[real]
+    # At step t, all sequences are alive but those of at most t steps.
+    batch_sizes = lengths.numel() - torch.bincount(lengths).cumsum(0)[:-1]
+    step, rank = _group_and_place(batch_sizes)
+    source = starts.index_select(0, rank) + step
     return PackedSequence(
         flat.index_select(0, source.to(flat.device)),
-        real.sum(1),
+        batch_sizes,
         None if sorted_indices is None else sorted_indices.to(flat.device),
     )
 
@@ -213,15 +214,24 @@ def _gather(packed: PackedSequence, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sequences of these ranks one after the other, and their lengths."""
     check(packed)
     chosen = _lengths_by_rank(packed)[ranks]
-    offsets = packed.batch_sizes.cumsum(0) - packed.batch_sizes
-    real = torch.arange(packed.batch_sizes.numel()) < chosen[:, None]
-    source = (offsets + ranks[:, None])[real]
+    sequence, step = _group_and_place(chosen)
+    first_rows = packed.batch_sizes.cumsum(0) - packed.batch_sizes
+    source = first_rows.index_select(0, step) + ranks.index_select(0, sequence)
     return packed.data.index_select(0, source.to(packed.data.device)), chosen
 
 
 def _positions(packed: PackedSequence) -> tuple[Tensor, Tensor]:
     """Return for every row of ``data`` its sequence in original order and its step: int64 ``[N]``, CPU."""
-    sizes = packed.batch_sizes
-    real = torch.arange(batch_size(packed)) < sizes[:, None]
-    step, rank = real.nonzero(as_tuple=True)
+    step, rank = _group_and_place(packed.batch_sizes)
     return (rank if packed.sorted_indices is None else packed.sorted_indices.cpu()[rank]), step
+
+
+def _group_and_place(sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for groups of these sizes, one after the other, every element's group and its place there.
+
+    Of ``batch_sizes`` these are the steps and the ranks of the rows of ``data``, of lengths the sequences and the
+    steps. No mask ``[T, B]`` is built, of which few places are real where lengths have a long tail.
+    """
+    group = torch.repeat_interleave(sizes)
+    starts = sizes.cumsum(0) - sizes
+    return group, torch.arange(group.numel()) - starts.index_select(0, group)
