@@ -71,7 +71,7 @@ def pad(packed: PackedSequence, padding_value: float = 0.0, total_length: int | 
     # Written by index rather than with `pad_packed_sequence`: it keeps every dtype, bool included, goes
     # through autograd, and takes the same path for a `total_length`.
     rows, steps_of = _positions(packed)
-    return rectangle.index_put((rows.to(packed.data.device), steps_of.to(packed.data.device)), packed.data)
+    return rectangle.index_put_((rows.to(packed.data.device), steps_of.to(packed.data.device)), packed.data)
 
 
 def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
