@@ -9,13 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from numpy import ndarray
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 __all__ = ["contains", "graft", "is_namedtuple", "rebuild", "replace"]
 
+# What a batch mostly holds. Asked for first, since whether something is a `Mapping`, an abstract class, takes
+# several times as long to find out; subclasses of these take that way.
+_LEAVES = frozenset({Tensor, ndarray, str, int, float, bool, type(None)})
+
 
 def contains(tree: Any) -> bool:
     """Tell whether there is a PackedSequence anywhere in ``tree``."""
+    if type(tree) in _LEAVES:
+        return False
     if isinstance(tree, (tuple, list)):
         return isinstance(tree, PackedSequence) or any(map(contains, tree))
     if isinstance(tree, Mapping):
@@ -29,6 +37,8 @@ def replace(function: Callable[[PackedSequence], Any], tree: Any) -> Any:
     Containers on the way to one are rebuilt in their own type; everything else, and a tree without a
     PackedSequence, comes back as the same object.
     """
+    if type(tree) in _LEAVES:
+        return tree
     if isinstance(tree, PackedSequence):
         return function(tree)
     if isinstance(tree, (tuple, list)):

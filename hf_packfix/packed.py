@@ -71,7 +71,7 @@ def pad(packed: PackedSequence, padding_value: float = 0.0, total_length: int | 
     # Written by index rather than with `pad_packed_sequence`: it keeps every dtype, bool included, goes
     # through autograd, and takes the same path for a `total_length`.
     rows, steps_of = _positions(packed)
-    return rectangle.index_put((rows.to(packed.data.device), steps_of.to(packed.data.device)), packed.data)
+    return rectangle.index_put_((rows.to(packed.data.device), steps_of.to(packed.data.device)), packed.data)
 
 
 def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
@@ -81,11 +81,14 @@ def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
     comes back when nothing changes.
     """
     device = data.device
-    sorted_indices = _follow(packed.sorted_indices, device)
-    unsorted_indices = _follow(packed.unsorted_indices, device)
-    if data is packed.data and sorted_indices is packed.sorted_indices and unsorted_indices is packed.unsorted_indices:
-        return packed
-    return type(packed)(data, packed.batch_sizes, sorted_indices, unsorted_indices)
+    old, batch_sizes, sorted_indices, unsorted_indices = packed
+    stays = data is old
+    # Written out for both, and with no field read twice: every packed batch of every step comes through here.
+    if sorted_indices is not None and sorted_indices.device != device:
+        sorted_indices, stays = sorted_indices.to(device), False
+    if unsorted_indices is not None and unsorted_indices.device != device:
+        unsorted_indices, stays = unsorted_indices.to(device), False
+    return packed if stays else type(packed)(data, batch_sizes, sorted_indices, unsorted_indices)
 
 
 def same_packing(first: PackedSequence, second: PackedSequence) -> bool:
@@ -129,16 +132,17 @@ def from_flat(flat: Tensor, lengths: Tensor, *, keep_order: bool = False) -> Pac
         return PackedSequence(flat, lengths.new_zeros(0), None if keep_order else lengths.to(flat.device))
     starts = lengths.cumsum(0) - lengths
     if keep_order and bool((lengths[:-1] >= lengths[1:]).all()):
-        by_rank, sorted_indices = lengths, None
+        sorted_indices = None
     else:
-        by_rank, sorted_indices = torch.sort(lengths, descending=True)
+        sorted_indices = torch.sort(lengths, descending=True).indices
         starts = starts[sorted_indices]
-    step = torch.arange(int(by_rank[0]))[:, None]
-    real = step < by_rank
-    source = (starts + step)[real]
+    # At step t, all sequences are alive but those of at most t steps.
+    batch_sizes = lengths.numel() - torch.bincount(lengths).cumsum(0)[:-1]
+    step, rank = _group_and_place(batch_sizes)
+    source = starts.index_select(0, rank) + step
     return PackedSequence(
         flat.index_select(0, source.to(flat.device)),
-        real.sum(1),
+        batch_sizes,
         None if sorted_indices is None else sorted_indices.to(flat.device),
     )
 
@@ -195,10 +199,6 @@ def check(packed: PackedSequence) -> None:
         )
 
 
-def _follow(indices: Tensor | None, device: torch.device) -> Tensor | None:
-    return indices if indices is None or indices.device == device else indices.to(device)
-
-
 def _rank(packed: PackedSequence) -> Tensor:
     """Return, in original order, the place of every sequence in the sorted order: int64 ``[B]``, CPU."""
     if packed.unsorted_indices is None:
@@ -218,15 +218,24 @@ def _gather(packed: PackedSequence, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sequences of these ranks one after the other, and their lengths."""
     check(packed)
     chosen = _lengths_by_rank(packed)[ranks]
-    offsets = packed.batch_sizes.cumsum(0) - packed.batch_sizes
-    real = torch.arange(packed.batch_sizes.numel()) < chosen[:, None]
-    source = (offsets + ranks[:, None])[real]
+    sequence, step = _group_and_place(chosen)
+    first_rows = packed.batch_sizes.cumsum(0) - packed.batch_sizes
+    source = first_rows.index_select(0, step) + ranks.index_select(0, sequence)
     return packed.data.index_select(0, source.to(packed.data.device)), chosen
 
 
 def _positions(packed: PackedSequence) -> tuple[Tensor, Tensor]:
     """Return for every row of ``data`` its sequence in original order and its step: int64 ``[N]``, CPU."""
-    sizes = packed.batch_sizes
-    real = torch.arange(batch_size(packed)) < sizes[:, None]
-    step, rank = real.nonzero(as_tuple=True)
+    step, rank = _group_and_place(packed.batch_sizes)
     return (rank if packed.sorted_indices is None else packed.sorted_indices.cpu()[rank]), step
+
+
+def _group_and_place(sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for groups of these sizes, one after the other, every element's group and its place there.
+
+    Of ``batch_sizes`` these are the steps and the ranks of the rows of ``data``, of lengths the sequences and the
+    steps. No mask ``[T, B]`` is built, of which few places are real where lengths have a long tail.
+    """
+    group = torch.repeat_interleave(sizes)
+    starts = sizes.cumsum(0) - sizes
+    return group, torch.arange(group.numel()) - starts.index_select(0, group)

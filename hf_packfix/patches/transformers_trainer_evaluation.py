@@ -54,11 +54,11 @@ def prediction_step(original: Function, patch: Patch) -> Function:
 
 
 def _warn_of_uncovered_labels(trainer: Any, inputs: Any) -> None:
-    from hf_packfix import nested
-
     names = trainer.label_names
     if not isinstance(inputs, Mapping) or (names and all(inputs.get(name) is not None for name in names)):
         return
+    from hf_packfix import nested
+
     known = {*names, getattr(trainer.model, "main_input_name", "input_ids"), "attention_mask"}
     packed = [key for key, value in inputs.items() if key not in known and nested.contains(value)]
     if packed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from hf_packfix.patches.patch import Function, Patch, patch
@@ -26,10 +27,12 @@ def eval_prediction(original: Function, patch: Patch) -> Function:
     def rectangle(packed: PackedSequence) -> Any:
         return pad(packed, -100)
 
+    rectangles = partial(nested.replace, rectangle)
+
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         if patch.active:
-            args = tuple(nested.replace(rectangle, value) for value in args)
-            kwargs = {name: nested.replace(rectangle, value) for name, value in kwargs.items()}
+            args = tuple(map(rectangles, args))
+            kwargs = {name: rectangles(value) for name, value in kwargs.items()}
         original(self, *args, **kwargs)
 
     return __init__

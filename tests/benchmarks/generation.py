@@ -1,30 +1,27 @@
 """Time per generated token: the state carried along against recomputing everything, at two prompt lengths.
 
-    python -m tests.benchmarks.generation --json generation.json
-
 Carried state costs one step a token whatever the prompt's length; recomputing costs a step for every token
-before. Each figure is the median over interleaved repeats, on one thread, of the difference between a long
-and a short continuation, so that reading the prompt once does not count.
+before. Each figure is the difference between a long and a short continuation, so that reading the prompt once
+does not count.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
 from hf_packfix.models import RecurrentConfig, RecurrentForCausalLM
+from tests.benchmarks.measure import Row, Table, clock, interleave, ratio
+
+__all__ = ["run"]
 
 PROMPTS = (10, 1000)
 SHORT, LONG = 2, 22
 
 
 def build() -> RecurrentForCausalLM:
+    """Return a language model of two layers."""
     torch.manual_seed(0)
     config = RecurrentConfig("lstm", vocab_size=1000, hidden_size=256, num_hidden_layers=2, pad_token_id=0)
     return RecurrentForCausalLM(config).eval()
@@ -32,7 +29,7 @@ def build() -> RecurrentForCausalLM:
 
 def seconds(model: RecurrentForCausalLM, prompt: torch.Tensor, count: int, *, use_cache: bool) -> float:
     """Return how long it takes to generate ``count`` tokens behind a prompt."""
-    began = time.perf_counter()
+    began = clock()
     model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -41,52 +38,34 @@ def seconds(model: RecurrentForCausalLM, prompt: torch.Tensor, count: int, *, us
         do_sample=False,
         use_cache=use_cache,
     )
-    return time.perf_counter() - began
+    return clock() - began
 
 
-def measure(repeats: int) -> list[dict[str, float | int]]:
-    """Return one row a prompt length, times in milliseconds a token."""
+def a_token(model: RecurrentForCausalLM, prompt: torch.Tensor, *, use_cache: bool) -> Callable[[], float]:
+    """Return a function that returns the seconds of one more token."""
+
+    def once() -> float:
+        long = seconds(model, prompt, LONG, use_cache=use_cache)
+        return (long - seconds(model, prompt, SHORT, use_cache=use_cache)) / (LONG - SHORT)
+
+    return once
+
+
+def run(quick: bool) -> Table:
+    """Generate behind a short and a long prompt, with and without the state."""
     model = build()
-    prompts = {length: torch.randint(1, 1000, (1, length)) for length in PROMPTS}
-    cases = [(length, use_cache) for length in PROMPTS for use_cache in (True, False)]
-    times: dict[tuple[int, bool], list[float]] = {case: [] for case in cases}
-    for repeat in range(repeats + 1):
-        for length, use_cache in cases:
-            long = seconds(model, prompts[length], LONG, use_cache=use_cache)
-            short = seconds(model, prompts[length], SHORT, use_cache=use_cache)
-            if repeat:  # The first round warms up.
-                times[length, use_cache].append(1e3 * (long - short) / (LONG - SHORT))
-    rows: list[dict[str, float | int]] = []
+    cases = {}
     for length in PROMPTS:
-        carried, recomputed = (statistics.median(times[length, use_cache]) for use_cache in (True, False))
-        rows.append(
-            {
-                "prompt_length": length,
-                "carried_ms": round(carried, 3),
-                "recomputed_ms": round(recomputed, 3),
-                "ratio": round(recomputed / carried, 2),
-            }
-        )
-    return rows
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print a table and write it as JSON where asked."""
-    parser = argparse.ArgumentParser(description="Time per generated token, carried state against recomputing.")
-    parser.add_argument("--repeats", type=int, default=7, help="measured rounds (default: 7)")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    rows = measure(options.repeats)
-    print("| prompt length | carried state (ms/token) | recomputing (ms/token) | recomputing / carried |")
-    print("|---:|---:|---:|---:|")
-    for row in rows:
-        print("| {prompt_length} | {carried_ms} | {recomputed_ms} | {ratio} |".format(**row))
-    first, last = rows[0]["carried_ms"], rows[-1]["carried_ms"]
-    print(f"\ncarried state, {PROMPTS[-1]} against {PROMPTS[0]}: {last / first:.2f} times")
-    if options.json:
-        options.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        prompt = torch.randint(1, 1000, (1, length))
+        cases[f"carried state, prompt of {length}"] = a_token(model, prompt, use_cache=True)
+        cases[f"recomputing, prompt of {length}"] = a_token(model, prompt, use_cache=False)
+    samples = interleave(cases, 3 if quick else 15)
+    short, long = PROMPTS
+    rows: list[Row] = [
+        ratio(samples, f"carried state, prompt of {length}", f"recomputing, prompt of {length}") for length in PROMPTS
+    ]
+    rows += [
+        ratio(samples, f"{how}, prompt of {long}", f"{how}, prompt of {short}")
+        for how in ("carried state", "recomputing")
+    ]
+    return Table("Generation: time of one more token", rows)

@@ -1,0 +1,69 @@
+"""Packing a batch of rows: ours, torch's ``pack_sequence``, and ``pad_sequence`` of the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
+
+from hf_packfix import DataCollatorForPackedSequence
+from hf_packfix.packed import from_flat
+from tests.benchmarks import long_tailed
+from tests.benchmarks.measure import Row, Table, interleave, per_call, ratio
+
+__all__ = ["run"]
+
+BATCH, FEATURES = 64, 16
+
+
+def ours(rows: list[Tensor]) -> PackedSequence:
+    """Pack rows without the rectangle that ``pack_sequence`` builds on the way."""
+    return from_flat(torch.cat(rows), torch.tensor([len(row) for row in rows]))
+
+
+def theirs(rows: list[Tensor]) -> PackedSequence:
+    """Pack rows as torch does."""
+    return pack_sequence(rows, enforce_sorted=False)
+
+
+def padded(rows: list[Tensor]) -> Tensor:
+    """Pad rows as torch does."""
+    return pad_sequence(rows, batch_first=True)
+
+
+def equal(first: PackedSequence, second: PackedSequence) -> bool:
+    """Tell whether two packs are the same in every field, bit for bit."""
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def run(quick: bool) -> Table:
+    """Measure token ids ``[T]`` and features ``[T, D]`` of long-tailed lengths."""
+    number, repeats = (5, 20) if quick else (10, 200)
+    generator = torch.Generator().manual_seed(0)
+    lengths = long_tailed.lengths(BATCH, generator)
+    collator = DataCollatorForPackedSequence()
+    rows: list[Row] = []
+    notes = []
+    for kind, values in (
+        ("ids [T]", [torch.randint(1, 1000, (length,), generator=generator) for length in lengths]),
+        (f"features [T, {FEATURES}]", [torch.randn(length, FEATURES, generator=generator) for length in lengths]),
+    ):
+        features = [{"x": value} for value in values]
+        cases: dict[str, tuple[Callable[[Any], Any], Any]] = {
+            "from_flat": (ours, values),
+            "DataCollatorForPackedSequence": (collator, features),
+            "pack_sequence": (theirs, values),
+            "pad_sequence": (padded, values),
+        }
+        samples = interleave(
+            {name: per_call("make(x)", number, make=make, x=x) for name, (make, x) in cases.items()}, repeats
+        )
+        for name in ("from_flat", "DataCollatorForPackedSequence"):
+            rows.append(ratio(samples, name, "pack_sequence", label=f"{kind}: {name}"))
+            rows.append(ratio(samples, name, "pad_sequence", label=f"{kind}: {name}"))
+        same = equal(ours(values), theirs(values)) and equal(collator(features)["x"], theirs(values))
+        notes.append(f"{kind}: the packs are {'equal' if same else 'NOT equal'}, bit for bit")
+    return Table(f"Collating: {BATCH} rows of {min(lengths)} to {max(lengths)} steps", rows, notes)

@@ -1,0 +1,173 @@
+"""Training a recurrent tagger on long-tailed lengths: packed, padded and packed in ``forward``, padded, bare.
+
+All four see the same rows in the same order, with the optimizer, the schedule and the clipping of the Trainer.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import pstats
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainingArguments, get_linear_schedule_with_warmup
+
+import hf_packfix
+from hf_packfix import DataCollatorForPackedSequence, patches
+from hf_packfix.models import RecurrentConfig, RecurrentForTokenClassification
+from tests.benchmarks import long_tailed
+from tests.benchmarks.measure import Row, Table, clock, interleave, ratio, summary
+
+__all__ = ["run"]
+
+BATCH, VOCABULARY, LABELS = 32, 100, 10
+RATE, CLIP = 1e-3, 1.0
+Batch = dict[str, Any]
+Collator = Callable[[list[Batch]], Batch]
+PACKED = "packed, through the Trainer"
+IN_FORWARD = "padded, packed in forward"
+PADDED = "padded, never packed"
+BARE = "packed, bare PyTorch loop"
+
+
+def with_mask(features: list[Batch]) -> Batch:
+    """Pad rows, with the mask by which the model packs them in ``forward``."""
+    mask = pad_sequence([torch.ones_like(row["input_ids"]) for row in features], batch_first=True)
+    return {**without_mask(features), "attention_mask": mask}
+
+
+def without_mask(features: list[Batch]) -> Batch:
+    """Pad rows; the model, not knowing, runs over the padding, whose labels do not count."""
+    fillings = {"input_ids": 0, "labels": -100}
+    return {
+        key: pad_sequence([row[key] for row in features], batch_first=True, padding_value=filling)
+        for key, filling in fillings.items()
+    }
+
+
+def new_model(cell: str) -> RecurrentForTokenClassification:
+    """Return the model of every run."""
+    torch.manual_seed(0)
+    return RecurrentForTokenClassification(
+        RecurrentConfig(cell, vocab_size=VOCABULARY, hidden_size=64, pad_token_id=0, num_labels=LABELS)
+    )
+
+
+class RecordingTrainer(Trainer):
+    """Keeps the loss of every step."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.losses.append(loss.item())
+        return loss
+
+
+def through_trainer(cell: str, rows: list[Batch], collate: Collator) -> tuple[float, list[float]]:
+    """Train with the Trainer; return the seconds and the losses."""
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = TrainingArguments(
+            directory,
+            per_device_train_batch_size=BATCH,
+            num_train_epochs=1,
+            learning_rate=RATE,
+            max_grad_norm=CLIP,
+            train_sampling_strategy="sequential",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = RecordingTrainer(new_model(cell), arguments, train_dataset=rows, data_collator=collate)
+        trainer.remove_callback(PrinterCallback)
+        trainer.losses = []
+        began = clock()
+        trainer.train()
+        return clock() - began, trainer.losses
+
+
+def bare(cell: str, rows: list[Batch], collate: Collator) -> tuple[float, list[float]]:
+    """Train with the few lines that one writes without a Trainer; return the seconds and the losses."""
+    model, losses = new_model(cell).train(), []
+    began = clock()
+    batches = DataLoader(rows, BATCH, collate_fn=collate)
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0, fused=True)
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, len(batches))
+    for batch in batches:
+        loss = model(**batch).loss
+        loss.backward()
+        clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return clock() - began, losses
+
+
+def share_of_patches(cell: str, rows: list[Batch]) -> float:
+    """Return the part of a packed training run, in percent, that is spent by the patches themselves.
+
+    By ``cProfile``: the patches' own time, and that of what they call, but for the calls into upstream, which
+    are the originals' work. The profiler slows small Python functions most, so that this is an upper bound.
+    """
+    profile = cProfile.Profile()
+    profile.runcall(through_trainer, cell, rows, DataCollatorForPackedSequence())
+    stats: dict[Any, Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    ours = str(Path(patches.__file__).parent)
+    upstream = tuple(str(Path(module.__file__).parent) for module in (transformers, accelerate))
+    spent = 0.0
+    for (file, _, _), (_, _, own, _, callers) in stats.items():
+        if file.startswith(ours):
+            spent += own
+        elif not file.startswith(upstream):
+            spent += sum(cumulative for caller, (*_, cumulative) in callers.items() if caller[0].startswith(ours))
+    total = sum(own for _, _, own, _, _ in stats.values())
+    return 100 * spent / total
+
+
+def run(quick: bool) -> Table:
+    """Train a GRU and an LSTM in all four ways."""
+    steps, repeats = (20, 2) if quick else (200, 7)
+    rows = long_tailed.rows(steps * BATCH, VOCABULARY, LABELS)
+    hf_packfix.enable()
+    pack = DataCollatorForPackedSequence()
+    ways = {
+        PACKED: (through_trainer, pack),
+        IN_FORWARD: (through_trainer, with_mask),
+        PADDED: (through_trainer, without_mask),
+        BARE: (bare, pack),
+    }
+    table: list[Row] = []
+    notes = []
+    for cell in ("gru", "lstm"):
+        losses: dict[str, list[float]] = {}
+
+        def seconds(name: str, cell: str = cell, losses: dict[str, list[float]] = losses) -> float:
+            train, collate = ways[name]
+            taken, losses[name] = train(cell, rows, collate)
+            return taken
+
+        samples = interleave({name: lambda name=name: seconds(name) for name in ways}, repeats)
+        table += [
+            ratio(samples, PACKED, IN_FORWARD, label=f"{cell}: {PACKED}", bar=1.05),
+            ratio(samples, PACKED, PADDED, label=f"{cell}: {PACKED}"),
+            ratio(samples, PACKED, BARE, label=f"{cell}: {PACKED}"),
+            ratio(samples, IN_FORWARD, PADDED, label=f"{cell}: {IN_FORWARD}"),
+        ]
+        shares = [share_of_patches(cell, rows) for _ in range(repeats)]
+        table.append(summary(f"{cell}: the patches' own part", "the whole run", shares, unit="%", bar=0.5))
+        for other in (IN_FORWARD, PADDED, BARE):
+            apart = max(abs(a - b) for a, b in zip(losses[PACKED], losses[other], strict=True))
+            verdict = "the same to 1e-5" if apart <= 1e-5 else "NOT the same to 1e-5"
+            notes.append(f"{cell}: losses packed and {other}: {verdict} (at most {apart:.1e} apart)")
+    lengths = [len(row["input_ids"]) for row in rows]
+    title = f"End to end: {steps} steps of {BATCH} rows of {min(lengths)} to {max(lengths)} tokens"
+    return Table(title, table, notes)

@@ -1,0 +1,154 @@
+"""``Trainer.predict`` over many rows of long-tailed lengths: packed, and padded on a stock Trainer.
+
+The model does next to nothing, so that what is left is the Trainer's own cost. Every run is a process of its
+own, which knows how much memory it took at most:
+
+    python -m tests.benchmarks.evaluation packed 5000
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Trainer, TrainingArguments
+
+from tests.benchmarks import long_tailed
+from tests.benchmarks.measure import Row, Table, clock, interleave, ratio, summary
+
+__all__ = ["run"]
+
+VOCABULARY, LOGITS = 50, 10
+PACKED, PADDED = "packed", "padded"
+NO_LOSS = torch.zeros(())
+Batch = dict[str, Any]
+
+
+class PackedModel(nn.Module):
+    """Ten logits a token, looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.logits = nn.Embedding(VOCABULARY, LOGITS)
+
+    def forward(self, input_ids: Any, labels: Any = None) -> Batch:
+        return {"loss": NO_LOSS, "logits": input_ids._replace(data=self.logits(input_ids.data))}
+
+
+class PaddedModel(PackedModel):
+    """The same on a rectangle, with -100 behind the end of a row, as the Trainer fills rows."""
+
+    def forward(self, input_ids: Tensor, labels: Any = None, attention_mask: Any = None) -> Batch:
+        logits = self.logits(input_ids).masked_fill(attention_mask.eq(0).unsqueeze(-1), -100)
+        return {"loss": NO_LOSS, "logits": logits}
+
+
+def padded(features: list[Batch]) -> Batch:
+    """Collate to right-padded rectangles."""
+    values: Batch = {key: [feature[key] for feature in features] for key in features[0]}
+    return {
+        "input_ids": pad_sequence(values["input_ids"], batch_first=True),
+        "labels": pad_sequence(values["labels"], batch_first=True, padding_value=-100),
+        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in values["input_ids"]], batch_first=True),
+    }
+
+
+def peak_memory() -> int:
+    """Return how many KiB this process had resident at most.
+
+    From Linux's own account of it: ``ru_maxrss`` also counts what the process held that started this one.
+    """
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in status if line.startswith("VmHWM:")))
+
+
+def predict(kind: str, count: int) -> dict[str, Any]:
+    """Predict ``count`` rows with default arguments; return the time, the memory, and what came out, hashed."""
+    torch.set_num_threads(1)
+    if kind == PACKED:
+        from hf_packfix import DataCollatorForPackedSequence  # the import activates
+
+        model, collate = PackedModel(), DataCollatorForPackedSequence()
+    else:
+        model, collate = PaddedModel(), padded
+    rows = long_tailed.rows(count, VOCABULARY, LOGITS)
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = TrainingArguments(directory, report_to=[], use_cpu=True, disable_tqdm=True)
+        trainer = Trainer(model, arguments, data_collator=collate)
+        trainer.predict(rows[:16])  # what is done once, is done
+        began = clock()
+        result = trainer.predict(rows)
+        seconds = clock() - began
+    digest = hashlib.sha256()
+    for array in (result.predictions, result.label_ids):
+        digest.update(f"{array.shape} {array.dtype}".encode())
+        digest.update(array.tobytes())
+    return {
+        "seconds": seconds,
+        "peak": peak_memory(),
+        "shape": list(result.predictions.shape),
+        "digest": digest.hexdigest(),
+    }
+
+
+def in_process(kind: str, count: int) -> dict[str, Any]:
+    """Call :func:`predict` in a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.evaluation", kind, str(count)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def run(quick: bool) -> Table:
+    """Predict 5,000, 10,000 and 20,000 rows in both ways."""
+    counts, repeats = ((500, 1000, 2000), 2) if quick else ((5000, 10000, 20000), 3)
+    results: dict[str, list[dict[str, Any]]] = {}
+
+    def seconds(kind: str, count: int) -> float:
+        result = in_process(kind, count)
+        results.setdefault(f"{kind}, {count} rows", []).append(result)
+        return float(result["seconds"])
+
+    samples = interleave(
+        {
+            f"{kind}, {count} rows": lambda kind=kind, count=count: seconds(kind, count)
+            for count in counts
+            for kind in (PACKED, PADDED)
+        },
+        repeats,
+        warm_up=False,  # every run is a process that has just begun
+    )
+    few, _, many = counts
+    rows: list[Row] = [
+        ratio(samples, f"{kind}, {many} rows", f"{kind}, {few} rows", bar=4.4 if kind == PACKED else None)
+        for kind in (PACKED, PADDED)
+    ]
+    notes = []
+    for count in counts:
+        ours, theirs = f"{PACKED}, {count} rows", f"{PADDED}, {count} rows"
+        rows.append(ratio(samples, ours, theirs, bar=0.5 if count == many else None))
+        peaks = [a["peak"] / b["peak"] for a, b in zip(results[ours], results[theirs], strict=True)]
+        rows.append(summary(f"peak memory: {ours}", theirs, peaks, bar=1.0))
+        same = len({result["digest"] for name in (ours, theirs) for result in results[name]}) == 1
+        memory = " and ".join(
+            f"{statistics.median(result['peak'] for result in results[name]) / 1024:.0f} MiB"
+            for name in (ours, theirs)
+        )
+        shape = results[ours][0]["shape"]
+        notes.append(
+            f"{count} rows, logits {shape}: {'identical' if same else 'NOT identical'} bits; {memory} at most"
+        )
+    return Table(f"Evaluation: predict over {few} to {many} rows", rows, notes)
+
+
+if __name__ == "__main__":
+    print(json.dumps(predict(sys.argv[1], int(sys.argv[2]))))

@@ -1,0 +1,118 @@
+"""``Trainer._prepare_inputs``, which every batch of everybody goes through: stock, the mixin, ours."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from transformers import Trainer, TrainingArguments
+
+import hf_packfix
+from tests.benchmarks.measure import Row, Samples, Table, interleave, per_call, ratio, summary
+
+__all__ = ["run"]
+
+META = torch.device("meta")
+
+
+def trainer_classes() -> dict[str, type[Trainer]]:
+    """Return Trainer classes that differ in nothing but their ``_prepare_input``."""
+    hf_packfix.enable()
+    wrapper = vars(Trainer)["_prepare_input"]
+
+    class Stock(Trainer):
+        _prepare_input = wrapper.__wrapped__
+
+    class Ours(Trainer):
+        _prepare_input = wrapper
+
+    class Mixin(Stock):
+        """What people add to each of their Trainers; it leaves the index tensors where they are."""
+
+        def _prepare_input(self, data: Any) -> Any:
+            if isinstance(data, PackedSequence):
+                return PackedSequence(
+                    super()._prepare_input(data.data), data.batch_sizes, data.sorted_indices, data.unsorted_indices
+                )
+            return super()._prepare_input(data)
+
+    return {"stock": Stock, "mixin": Mixin, "ours": Ours}
+
+
+def trainers() -> dict[str, Trainer]:
+    """Return one Trainer of each class, for the CPU."""
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = TrainingArguments(directory, report_to=[], use_cpu=True)
+        return {name: cls(torch.nn.Linear(1, 1), arguments) for name, cls in trainer_classes().items()}
+
+
+def ordinary(batch: Any, number: int, repeats: int) -> Samples:
+    """Return samples of preparing a batch without a PackedSequence."""
+    return interleave(
+        {
+            name: per_call("prepare(batch)", number, prepare=trainer._prepare_inputs, batch=batch)
+            for name, trainer in trainers().items()
+        },
+        repeats,
+    )
+
+
+def packed(device: torch.device | None, number: int, repeats: int) -> Samples:
+    """Return samples of moving one PackedSequence, to another device or, with None, to where it is.
+
+    Beside them, what stock takes for the ``data`` tensor alone, and ``PackedSequence.to``.
+    """
+    pack = pack_sequence([torch.ones(length, 8) for length in (3, 7, 5, 1)], enforce_sorted=False)
+    statements = {}
+    for name, trainer in trainers().items():
+        if device is not None:
+            # Where the arguments have their device from.
+            trainer.args.__dict__["_setup_devices"] = device
+        what = pack.data if name == "stock" else pack
+        statements[name] = per_call("prepare(x)", number, prepare=trainer._prepare_input, x=what)
+    target = device or pack.data.device
+    statements["PackedSequence.to"] = per_call("pack.to(device)", number, pack=pack, device=target)
+    return interleave(statements, repeats)
+
+
+def own_part(samples: Samples, label: str) -> Row:
+    """Return what ours adds to moving the ``data`` tensor, for every second that the mixin adds to it."""
+    added = {
+        name: [whole - tensor for whole, tensor in zip(samples[name], samples["stock"], strict=True)]
+        for name in ("ours", "mixin")
+    }
+    ratios = [ours / mixin for ours, mixin in zip(added["ours"], added["mixin"], strict=True)]
+    return summary(f"{label}: ours, less moving `data`", "mixin, less moving `data`", ratios)
+
+
+def run(quick: bool) -> Table:
+    """Measure ordinary and packed batches."""
+    number, repeats = (100, 40) if quick else (300, 400)
+    flat = {name: torch.zeros(4, 4) for name in ("input_ids", "attention_mask", "token_type_ids", "labels")}
+    nested = {f"group {i}": [(torch.zeros(2), {"x": torch.zeros(2)}) for _ in range(10)] for i in range(10)}
+    rows = []
+    for label, batch, times in (("4 tensors", flat, number), ("200 nested tensors", nested, number // 50)):
+        samples = ordinary(batch, times, repeats)
+        rows += [
+            ratio(samples, "ours", "stock", label=f"{label}: ours", bar=1.05),
+            ratio(samples, "mixin", "stock", label=f"{label}: mixin"),
+            ratio(samples, "ours", "mixin", label=f"{label}: ours", bar=1.0),
+        ]
+    for label, device, bar in (("pack, nothing moves", None, 0.5), ("pack, to meta", META, None)):
+        samples = packed(device, number, repeats)
+        samples["moving `data` alone"] = samples["stock"]
+        rows += [
+            ratio(samples, "ours", "mixin", label=f"{label}: ours", bar=bar),
+            ratio(samples, "moving `data` alone", "mixin", label=f"{label}: moving `data` alone"),
+            own_part(samples, label),
+            ratio(samples, "PackedSequence.to", "mixin", label=f"{label}: PackedSequence.to"),
+            ratio(samples, "ours", "PackedSequence.to", label=f"{label}: ours"),
+        ]
+    notes = [
+        "moving `data` goes through the Trainer's own `_prepare_input` in both, since a subclass may override "
+        "it: that part is the floor",
+        "the mixin and `PackedSequence.to` leave index tensors behind where `data` moves or moved",
+    ]
+    return Table("Hot path: Trainer._prepare_inputs", rows, notes)

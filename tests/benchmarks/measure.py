@@ -1,0 +1,152 @@
+"""How everything here is measured: interleaved repeats, medians, and the spread of the ratios.
+
+Times are CPU seconds of this process, on one thread: the same as on the wall of an idle machine, and not
+disturbed by what else a busy one runs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import timeit
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["Row", "Samples", "Table", "clock", "difference", "interleave", "per_call", "ratio", "summary"]
+
+clock = time.process_time
+Samples = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured figure.
+
+    Attributes:
+        what: what was measured.
+        peer: what it is compared with.
+        value: the median over the repeats.
+        quartiles: the lower and the upper one over the repeats.
+        unit: "x" for a ratio to the peer, or the unit of a difference.
+        seconds: the median time of ``what`` and of ``peer``; None where it is not time that is compared.
+        bar: what the value is to stay at or below; None where nothing is promised.
+    """
+
+    what: str
+    peer: str
+    value: float
+    quartiles: tuple[float, float]
+    unit: str = "x"
+    seconds: tuple[float, float] | None = None
+    bar: float | None = None
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the value stays within the bar; None without one."""
+        return None if self.bar is None else self.value <= self.bar
+
+
+@dataclass
+class Table:
+    """The rows of one benchmark.
+
+    Attributes:
+        title: what is measured, on what.
+        rows: the figures.
+        notes: what was checked on the way, a line each.
+    """
+
+    title: str
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"## {self.title}",
+            "",
+            "| what | against | median | quartiles | took | bar | |",
+            "|---|---|---:|---:|---:|---:|---|",
+        ]
+        for row in self.rows:
+            value, low, high = (_figure(figure, row.unit) for figure in (row.value, *row.quartiles))
+            took = "" if row.seconds is None else " / ".join(map(_duration, row.seconds))
+            bar = "" if row.bar is None else f"<= {_figure(row.bar, row.unit)}"
+            verdict = {None: "", True: "holds", False: "does not hold"}[row.holds]
+            lines.append(f"| {row.what} | {row.peer} | {value} | {low} to {high} | {took} | {bar} | {verdict} |")
+        if self.notes:
+            lines += ["", *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the table as what JSON can hold."""
+        return {**asdict(self), "rows": [{**asdict(row), "holds": row.holds} for row in self.rows]}
+
+
+def per_call(statement: str, number: int, **names: Any) -> Callable[[], float]:
+    """Return a function that runs a statement ``number`` times and returns the seconds of one time.
+
+    The statement is compiled into the loop, so that no call but its own is timed.
+    """
+    timer = timeit.Timer(statement, timer=clock, globals=names)
+    return lambda: timer.timeit(number) / number
+
+
+def interleave(cases: Mapping[str, Callable[[], float]], repeats: int, *, warm_up: bool = True) -> Samples:
+    """Return samples of every case, taken in turn, so that a slow moment of the machine meets them all.
+
+    Every round begins with another case: whoever follows whom is no advantage.
+
+    Args:
+        cases: what to call for a sample, by name.
+        repeats: the number of rounds.
+        warm_up: whether one more round, before the others, does not count.
+    """
+    names = list(cases)
+    samples: Samples = {name: [] for name in names}
+    for repeat in range(-1 if warm_up else 0, repeats):
+        start = repeat % len(names)
+        for name in names[start:] + names[:start]:
+            value = cases[name]()
+            if repeat >= 0:
+                samples[name].append(value)
+    return samples
+
+
+def ratio(samples: Samples, what: str, peer: str, *, bar: float | None = None, label: str | None = None) -> Row:
+    """Return the row of how long ``what`` took for every second of ``peer`` in the same round."""
+    ratios = [ours / theirs for ours, theirs in zip(samples[what], samples[peer], strict=True)]
+    seconds = (statistics.median(samples[what]), statistics.median(samples[peer]))
+    return summary(label or what, peer, ratios, seconds=seconds, bar=bar)
+
+
+def difference(samples: Samples, what: str, peer: str, *, bar: float | None = None, label: str | None = None) -> Row:
+    """Return the row of how many microseconds more ``what`` took than ``peer`` in the same round."""
+    added = [1e6 * (ours - theirs) for ours, theirs in zip(samples[what], samples[peer], strict=True)]
+    seconds = (statistics.median(samples[what]), statistics.median(samples[peer]))
+    return summary(label or what, peer, added, unit="µs", seconds=seconds, bar=bar)
+
+
+def summary(
+    what: str,
+    peer: str,
+    values: Sequence[float],
+    *,
+    unit: str = "x",
+    seconds: tuple[float, float] | None = None,
+    bar: float | None = None,
+) -> Row:
+    """Return the row of the median and the quartiles of some values."""
+    low, median, high = statistics.quantiles(values, method="inclusive") if len(values) > 1 else 3 * list(values)
+    return Row(what, peer, median, (low, high), unit, seconds, bar)
+
+
+def _figure(value: float, unit: str) -> str:
+    return f"{value:.3f}" if unit == "x" else f"{value:.2f} {unit}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
