@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["contains", "is_namedtuple", "rebuild", "replace"]
+__all__ = ["contains", "contains_namedtuple", "is_namedtuple", "rebuild", "replace"]
 
 
 def contains(tree: Any) -> bool:
@@ -20,6 +20,17 @@ def contains(tree: Any) -> bool:
         return isinstance(tree, PackedSequence) or any(map(contains, tree))
     if isinstance(tree, Mapping):
         return any(map(contains, tree.values()))
+    return False
+
+
+def contains_namedtuple(tree: Any) -> bool:
+    """Tell whether there is a named tuple, a PackedSequence or another, in ``tree``."""
+    if isinstance(tree, tuple) and is_namedtuple(tree):
+        return True
+    if isinstance(tree, (tuple, list)):
+        return any(map(contains_namedtuple, tree))
+    if isinstance(tree, Mapping):
+        return any(map(contains_namedtuple, tree.values()))
     return False
 
 
@@ -48,4 +59,5 @@ def is_namedtuple(value: tuple[Any, ...]) -> bool:
 
 def rebuild(like: Any, items: list[Any]) -> Any:
     """Return a list, tuple or named tuple of the type of ``like`` that holds ``items``."""
-    return type(like)(*items) if is_namedtuple(like) else type(like)(items)
+    # `_make` takes any number of fields past a `__new__` of the class's own, as `_replace` does.
+    return type(like)._make(items) if is_namedtuple(like) else type(like)(items)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from hf_packfix.patches import (
     accelerate_utils_operations,
     transformers_feature_extraction_utils,
+    transformers_tokenization_utils_base,
     transformers_trainer,
     transformers_trainer_evaluation,
     transformers_trainer_pt_utils,
@@ -27,5 +28,6 @@ PATCHES: tuple[Patch, ...] = (
     *transformers_trainer_utils.PATCHES,
     *transformers_trainer_seq2seq.PATCHES,
     *transformers_feature_extraction_utils.PATCHES,
+    *transformers_tokenization_utils_base.PATCHES,
     *accelerate_utils_operations.PATCHES,
 )
