@@ -39,7 +39,6 @@ def transformers_from(version: str) -> bool:
     return Version(transformers.__version__) >= Version(version)
 
 
-
 @contextlib.contextmanager
 def stock() -> Iterator[None]:
     """Run with every patch taken off."""
@@ -183,9 +182,10 @@ class Tagger(PreTrainedModel):
         self.post_init()
 
     def forward(
-        self, input_ids: Any = None, labels: Any = None, attention_mask: Any = None, **kwargs: Any
+        self, input_ids: Any = None, labels: Any = None, attention_mask: Any = None, **loss_kwargs: Any
     ) -> TokenClassifierOutput:
-        result = _tag(self, input_ids, labels, kwargs.get("num_items_in_batch"), attention_mask)
+        # By that name, since it is what 4.46 tells a model by that takes `num_items_in_batch`.
+        result = _tag(self, input_ids, labels, loss_kwargs.get("num_items_in_batch"), attention_mask)
         states = result.pop("states")
         nested = (states, (states,)) if self.config.output_hidden_states else None
         return TokenClassifierOutput(**result, hidden_states=nested)

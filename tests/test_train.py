@@ -182,9 +182,9 @@ def test_floating_point_operations_count_the_real_tokens(tmp_path):
 class WatchingTagger(Tagger):
     """Keeps the types of what it is given."""
 
-    def forward(self, input_ids=None, labels=None, attention_mask=None, **kwargs):
+    def forward(self, input_ids=None, labels=None, attention_mask=None, **loss_kwargs):
         self.fed = {type(input_ids), type(labels)} | ({type(attention_mask)} - {type(None)})
-        return super().forward(input_ids, labels, None, **kwargs)
+        return super().forward(input_ids, labels, None, **loss_kwargs)
 
 
 # 4.46 has one mode, which any true value selects.
