@@ -13,7 +13,7 @@ from numpy import ndarray
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["contains", "graft", "is_namedtuple", "rebuild", "replace"]
+__all__ = ["contains", "contains_namedtuple", "graft", "is_namedtuple", "rebuild", "replace"]
 
 # What a batch mostly holds. Asked for first, since whether something is a `Mapping`, an abstract class, takes
 # several times as long to find out; subclasses of these take that way.
@@ -28,6 +28,17 @@ def contains(tree: Any) -> bool:
         return isinstance(tree, PackedSequence) or any(map(contains, tree))
     if isinstance(tree, Mapping):
         return any(map(contains, tree.values()))
+    return False
+
+
+def contains_namedtuple(tree: Any) -> bool:
+    """Tell whether there is a named tuple, a PackedSequence or another, in ``tree``."""
+    if isinstance(tree, tuple) and is_namedtuple(tree):
+        return True
+    if isinstance(tree, (tuple, list)):
+        return any(map(contains_namedtuple, tree))
+    if isinstance(tree, Mapping):
+        return any(map(contains_namedtuple, tree.values()))
     return False
 
 
@@ -74,4 +85,5 @@ def is_namedtuple(value: tuple[Any, ...]) -> bool:
 
 def rebuild(like: Any, items: list[Any]) -> Any:
     """Return a list, tuple or named tuple of the type of ``like`` that holds ``items``."""
-    return type(like)(*items) if is_namedtuple(like) else type(like)(items)
+    # `_make` takes any number of fields past a `__new__` of the class's own, as `_replace` does.
+    return type(like)._make(items) if is_namedtuple(like) else type(like)(items)

@@ -12,12 +12,14 @@ on the device of ``data`` (``torch/nn/utils/rnn.py``, class ``PackedSequence``).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 __all__ = [
+    "Countable",
     "PackedSequence",
     "batch_size",
     "concatenate",
@@ -30,6 +32,31 @@ __all__ = [
     "to_flat",
     "with_data",
 ]
+
+
+class Countable(PackedSequence):
+    """A PackedSequence that answers what the training loop up to transformers 5.2 asks a main input or a mask.
+
+    The loop asks ``input.numel()``, ``mask.sum()`` or, under "non_padding" with a tokenizer,
+    ``(input != pad_token_id).sum()``, in the middle of ``Trainer._inner_training_loop``. Each is the number of
+    real tokens N.
+    """
+
+    def numel(self) -> int:
+        """Return N."""
+        return num_tokens(self)
+
+    def sum(self) -> Tensor:
+        """Return N as an int64 scalar."""
+        return torch.tensor(num_tokens(self))
+
+    def __ne__(self, other: object) -> Any:
+        # A pack holds no padding, so no step of it is the padding token.
+        return torch.ones(num_tokens(self), dtype=torch.bool) if isinstance(other, int) else super().__ne__(other)
+
+    def plain(self) -> PackedSequence:
+        """Return the same fields as an ordinary PackedSequence."""
+        return PackedSequence._make(self)
 
 
 def batch_size(packed: PackedSequence) -> int:

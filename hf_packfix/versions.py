@@ -4,13 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["MINIMUM", "NEWEST_TESTED", "Conflict", "UnsupportedVersionError", "conflict", "found", "untested"]
+__all__ = [
+    "MINIMUM",
+    "NEWEST_TESTED",
+    "TESTED",
+    "Conflict",
+    "UnsupportedVersionError",
+    "conflict",
+    "found",
+    "untested",
+]
 
-#: The oldest version of each distribution that is supported; ``pyproject.toml`` asks for the same.
-MINIMUM = {"transformers": "4.46", "accelerate": "0.28"}
+#: What the tests run on, oldest first: ``tests/matrix.py`` installs these, the README lists them, and the gate
+#: below follows from them.
+TESTED = (
+    {"transformers": "4.46.3", "accelerate": "0.28.0"},
+    {"transformers": "4.57.6", "accelerate": "1.12.0"},
+    {"transformers": "5.0.0", "accelerate": "1.12.0"},
+    {"transformers": "5.10.2", "accelerate": "1.14.0"},
+    {"transformers": "5.23.0", "accelerate": "1.15.0"},
+)
 
-#: The newest version of each distribution that the tests ran on.
-NEWEST_TESTED = {"transformers": "5.23.0", "accelerate": "1.15.0"}
+#: The oldest version of each distribution that is supported: the minor release of the oldest tested one, as
+#: ``pyproject.toml`` asks for.
+MINIMUM = {package: version.rpartition(".")[0] for package, version in TESTED[0].items()}
+
+#: The newest version of each distribution that the tests run on.
+NEWEST_TESTED = TESTED[-1]
 
 
 class UnsupportedVersionError(ImportError):

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
@@ -30,6 +32,11 @@ import hf_packfix
 
 VOCABULARY, CLASSES, HIDDEN = 17, 4, 8
 Row = dict[str, Any]
+
+
+def transformers_from(version: str) -> bool:
+    """Tell whether the transformers under test is at least this version."""
+    return Version(transformers.__version__) >= Version(version)
 
 
 @contextlib.contextmanager
@@ -175,9 +182,10 @@ class Tagger(PreTrainedModel):
         self.post_init()
 
     def forward(
-        self, input_ids: Any = None, labels: Any = None, attention_mask: Any = None, **kwargs: Any
+        self, input_ids: Any = None, labels: Any = None, attention_mask: Any = None, **loss_kwargs: Any
     ) -> TokenClassifierOutput:
-        result = _tag(self, input_ids, labels, kwargs.get("num_items_in_batch"), attention_mask)
+        # By that name, since it is what 4.46 tells a model by that takes `num_items_in_batch`.
+        result = _tag(self, input_ids, labels, loss_kwargs.get("num_items_in_batch"), attention_mask)
         states = result.pop("states")
         nested = (states, (states,)) if self.config.output_hidden_states else None
         return TokenClassifierOutput(**result, hidden_states=nested)
@@ -303,6 +311,12 @@ def new_trainer(
         data_collator=collate,
         **(options or {}),
     )
+
+
+def count_items(trainer: Trainer, batches: list[Any]) -> Any:
+    """Return ``num_items_in_batch`` as the training loop gets it for these batches."""
+    device = [torch.device("cpu")] if transformers_from("4.50") else []
+    return trainer.get_batch_samples(iter(batches), len(batches), *device)[1]
 
 
 def train(*args: Any, resume: Any = None, **kwargs: Any) -> Run:

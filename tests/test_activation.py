@@ -49,7 +49,8 @@ p = pack_sequence([torch.ones(1), torch.ones(2)], enforce_sorted=False)
 assert t._prepare_input({"x": p})["x"].data.device.type == "meta"
 import hf_packfix
 assert hf_packfix.is_enabled()
-assert {p.state for p in hf_packfix.status().patches} == {"applied"}, str(hf_packfix.status())
+states = {p.state for p in hf_packfix.status().patches}
+assert "applied" in states <= {"applied", "not-needed", "not-applicable"}, str(hf_packfix.status())
 """
 
 
@@ -159,7 +160,7 @@ def test_disable_puts_the_very_same_objects_back():
 
     originals = {}
     for patch in PATCHES:
-        assert patch.status(True).state in ("applied", "pending"), str(patch.status(True))
+        assert patch.status(True).state not in ("refused", "off"), str(patch.status(True))
         if patch.active:
             originals[patch.target] = patch._original
     hf_packfix.disable()
@@ -351,7 +352,7 @@ def test_import_raises_below_the_floor():
 
 
 def test_newer_than_tested_warns_once_and_applies():
-    code = OLD.format(version="99.0.0") + "import hf_packfix; hf_packfix.enable()\nfrom transformers import *\n"
+    code = OLD.format(version="99.0.0") + "import hf_packfix; hf_packfix.enable()\n"
     result = run(code + "from transformers import Trainer, Seq2SeqTrainer, BatchFeature" + TRAINS)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("HFPackfixWarning") == 1

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BatchFeature, EvalPrediction
+from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_concat, nested_numpify, nested_truncate
 
 from hf_packfix.patches import PATCHES, Patch
-from tests import test_distributed, test_evaluate, test_seq2seq, test_train
+from tests import test_distributed, test_evaluate, test_prepare_input, test_seq2seq, test_train
+from tests.drift import state_here
 from tests.oracle import Tagger, packed_batch, padded_batch, rows, stock, train
 
 
@@ -35,6 +36,10 @@ def same_labels(convert: Callable[[Any], Any]) -> Callable[[Any], None]:
         assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
 
     return check
+
+
+def input_tokens(directory: Any) -> None:
+    test_train.test_input_tokens_seen_are_the_sum_of_the_lengths(directory, "all", False, False, dict)
 
 
 def truncated(labels: Any) -> Any:
@@ -78,12 +83,11 @@ def broadcast_without_indices() -> None:
 NEEDED_BY: dict[str, Callable[[Any], None]] = {
     "Trainer._prepare_input": same_training,
     "Trainer.floating_point_ops": same_training,
-    "Trainer._track_num_input_tokens": lambda d: test_train.test_input_tokens_seen_are_the_sum_of_the_lengths(
-        d, "all"
-    ),
+    "Trainer._track_num_input_tokens": input_tokens,
     "Trainer._get_num_items_in_batch": lambda d: test_train.test_gradient_accumulation_with_a_loss_function(
         d, Tagger, 3
     ),
+    "Trainer.get_batch_samples": input_tokens,
     "Trainer.evaluation_loop": test_evaluate.test_labels_under_another_name_are_named_once,
     "Trainer.prediction_step": test_evaluate.test_labels_under_another_name_are_named_once,
     "LabelSmoother.__call__": lambda d: test_train.test_label_smoothing(d, 1),
@@ -94,7 +98,8 @@ NEEDED_BY: dict[str, Callable[[Any], None]] = {
     "find_batch_size": test_evaluate.test_number_of_samples_of_a_data_set_without_a_length,
     "EvalPrediction.__init__": same_labels(lambda labels: EvalPrediction(labels, labels).label_ids),
     "Seq2SeqTrainer.prediction_step": lambda d: test_seq2seq.test_generation_reports_what_the_padded_run_reports(d, 0),
-    "BatchFeature.to": lambda d: same_training(d, collate=lambda features: BatchFeature(packed_batch(features))),
+    "BatchFeature.to": lambda d: test_prepare_input.test_batch_feature_casts_floating_data_alone(),
+    "BatchEncoding.to": lambda d: test_prepare_input.test_batch_encoding_keeps_and_moves_packs(),
     "find_batch_size (accelerate)": lambda d: test_distributed.test_operations(alone),
     "slice_tensors": lambda d: test_distributed.test_operations(alone),
     "concatenate": lambda d: test_distributed.test_operations(alone),
@@ -117,7 +122,11 @@ def name_of(patch: Patch) -> str:
     return f"{patch.path} (accelerate)" if twin else patch.path
 
 
-@pytest.mark.parametrize("patch", PATCHES, ids=name_of)
+#: What is patched on the versions installed; tests/test_drift.py holds the states to this.
+APPLIED = [patch for patch in PATCHES if state_here(patch) == "applied"]
+
+
+@pytest.mark.parametrize("patch", APPLIED, ids=name_of)
 def test_without_it_something_goes_wrong(tmp_path, patch, monkeypatch):
     check = NEEDED_BY[name_of(patch)]
     check(tmp_path)

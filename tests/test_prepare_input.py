@@ -147,8 +147,13 @@ def test_batch_feature_moves_as_prepare_input_does():
         assert found.batch_sizes.device == CPU
     assert moved["y"].device == moved["nested"][1].device == META
     assert moved["nested"][2] == "text"
-    with stock(), pytest.raises(AssertionError):
-        BatchFeature({"x": packed}).to(META)
+    with stock():
+        # Up to 4.57 a pack is left where it is, from 5.0 on rebuilding it fails.
+        try:
+            left = BatchFeature({"x": packed}).to(META)["x"].data.device
+        except AssertionError:
+            left = CPU
+        assert left == CPU
 
 
 def test_batch_feature_casts_floating_data_alone():
@@ -163,3 +168,15 @@ def test_batch_feature_is_whole_after_a_refused_argument():
     with pytest.raises(ValueError, match="BatchFeature"):
         feature.to(object())
     assert list(feature) == ["x", "y"]
+
+
+# --- BatchEncoding.to -----------------------------------------------------------------------------------
+
+
+def test_batch_encoding_keeps_and_moves_packs():
+    encoding = BatchEncoding({"x": some_pack(), "y": torch.ones(2)})
+    moved = encoding.to(META)
+    assert moved is encoding
+    assert list(moved) == ["x", "y"]
+    assert moved["x"].data.device == moved["x"].sorted_indices.device == moved["y"].device == META
+    assert moved["x"].batch_sizes.device == CPU

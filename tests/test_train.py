@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +18,14 @@ from tests.oracle import (
     Tagger,
     assert_same_run,
     by_length,
+    count_items,
     packed_batch,
     padded_batch,
     rows,
     sorted_packed_batch,
     stock,
     train,
+    transformers_from,
 )
 
 MODELS = [(Classifier, "row"), (PlainClassifier, "row"), (Tagger, "tokens"), (PlainTagger, "tokens")]
@@ -78,7 +81,10 @@ def test_data_loader_workers(tmp_path):
     assert_same_run(packed, padded)
 
 
-def test_resume_from_checkpoint(tmp_path):
+def test_resume_from_checkpoint(tmp_path, monkeypatch):
+    if not transformers_from("4.47"):
+        # It loads the state of NumPy's generator as torch before 2.6 allowed by default.
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
     whole = train(tmp_path / "packed", Tagger, rows(), packed_batch, **options)
     resumed = train(
@@ -131,11 +137,10 @@ def test_number_of_items(tmp_path, shifts):
     trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
     trainer._loss_shifts_labels = shifts
     groups = [rows(5, seed=1), rows(3, seed=2), rows(1, seed=3)]
-    device = torch.device("cpu")
-    packed = trainer._get_num_items_in_batch([packed_batch(group) for group in groups], device)
+    packed = count_items(trainer, [packed_batch(group) for group in groups])
     with stock():
-        padded = trainer._get_num_items_in_batch([padded_batch(group) for group in groups], device)
-        silent = trainer._get_num_items_in_batch([packed_batch(group) for group in groups], device)
+        padded = count_items(trainer, [padded_batch(group) for group in groups])
+        silent = count_items(trainer, [packed_batch(group) for group in groups])
     assert int(packed) == int(padded) > 0
     assert silent is None
 
@@ -144,11 +149,20 @@ def test_number_of_items_takes_shift_labels_as_they_are(tmp_path):
     trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
     trainer._loss_shifts_labels = True
     renamed = [{**row, "shift_labels": row["labels"]} for row in rows(5)]
-    device = torch.device("cpu")
-    packed = trainer._get_num_items_in_batch([packed_batch(renamed)], device)
+    packed = count_items(trainer, [packed_batch(renamed)])
     with stock():
-        padded = trainer._get_num_items_in_batch([padded_batch(renamed)], device)
+        padded = count_items(trainer, [padded_batch(renamed)])
     assert int(packed) == int(padded) > 0
+
+
+def test_the_batches_of_the_iterator_come_back(tmp_path):
+    trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
+    batches = [packed_batch(rows(3)), padded_batch(rows(2)), packed_batch(rows(1))]
+    iterator, device = iter(batches), [torch.device("cpu")] if transformers_from("4.50") else []
+    first, _ = trainer.get_batch_samples(iterator, 2, *device)
+    assert [id(batch) for batch in first] == [id(batch) for batch in batches[:2]]
+    rest, _ = trainer.get_batch_samples(iterator, 2, *device)
+    assert [id(batch) for batch in rest] == [id(batches[2])]
 
 
 # --- counting -------------------------------------------------------------------------------------------
@@ -165,14 +179,60 @@ def test_floating_point_operations_count_the_real_tokens(tmp_path):
     assert alone.state.total_flos == run.state.total_flos
 
 
+class WatchingTagger(Tagger):
+    """Keeps the types of what it is given."""
+
+    def forward(self, input_ids=None, labels=None, attention_mask=None, **loss_kwargs):
+        self.fed = {type(input_ids), type(labels)} | ({type(attention_mask)} - {type(None)})
+        return super().forward(input_ids, labels, None, **loss_kwargs)
+
+
+# 4.46 has one mode, which any true value selects.
 @pytest.mark.parametrize("mode", [True, "all", "non_padding"])
-def test_input_tokens_seen_are_the_sum_of_the_lengths(tmp_path, mode):
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+@pytest.mark.parametrize("wrap", [dict, BatchEncoding])
+def test_input_tokens_seen_are_the_sum_of_the_lengths(tmp_path, mode, with_mask, with_tokenizer, wrap):
     data = rows()
-    run = train(tmp_path, Tagger, data, packed_batch, include_num_input_tokens_seen=mode)
+    if with_mask:
+        data = [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in data]
+    tokenizer = SimpleNamespace(pad_token_id=0, model_input_names=["input_ids"], save_pretrained=None)
+    options = {"processing_class": tokenizer} if with_tokenizer else {}
+    run = train(
+        tmp_path,
+        WatchingTagger,
+        data,
+        lambda features: wrap(packed_batch(features)),
+        options=options,
+        include_num_input_tokens_seen=mode,
+    )
+    assert run.trainer.model.fed == {PackedSequence}
     assert run.state.num_input_tokens_seen == 2 * sum(len(row["input_ids"]) for row in data)
+    with stock():  # one row a batch has no padding, so stock counts the same in every mode
+        alone = train(
+            tmp_path,
+            Tagger,
+            rows(),
+            padded_batch,
+            options=options,
+            include_num_input_tokens_seen=mode,
+            per_device_train_batch_size=1,
+        )
+    assert alone.state.num_input_tokens_seen == run.state.num_input_tokens_seen
+
+
+def test_tokens_are_counted_in_accumulated_steps_and_items_as_well(tmp_path):
+    options = {
+        "options": {"compute_loss_func": sum_of_losses},
+        "gradient_accumulation_steps": 3,
+        "include_num_input_tokens_seen": True,
+    }
+    data = rows(18)  # six batches: 4.46 leaves out what does not fill the last step
+    packed = train(tmp_path, Tagger, data, packed_batch, **options)
     with stock():
-        padded = train(tmp_path, Tagger, data, padded_batch, include_num_input_tokens_seen="non_padding")
-    assert run.state.num_input_tokens_seen == padded.state.num_input_tokens_seen
+        padded = train(tmp_path, Tagger, data, padded_batch, **options)
+    assert_same_run(packed, padded)
+    assert packed.state.num_input_tokens_seen == 2 * sum(len(row["input_ids"]) for row in data)
 
 
 # --- label smoothing ------------------------------------------------------------------------------------

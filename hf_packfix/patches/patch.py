@@ -49,6 +49,8 @@ class Patch:
     Attributes:
         target: ``module:path`` of what is wrapped.
         reason: why, in a line.
+        parameters: the names that the target's parameters must start with.
+        handled: tells whether a function as found upstream does what is right already; None where no probe can.
         active: whether the wrapper acts. A wrapper that cannot be taken off, because somebody wrapped it
             in turn, stays where it is and hands over to the original while this is False.
     """
@@ -66,8 +68,8 @@ class Patch:
         self.reason = reason
         self.active = False
         self._make = make
-        self._parameters = parameters
-        self._handled = handled
+        self.parameters = parameters
+        self.handled = handled
         self._original: Function | None = None
         self._wrapper: Function | None = None
         self._verdict: tuple[State, str] = ("pending", "")
@@ -120,13 +122,13 @@ class Patch:
             return "refused", f"expected a function, found {type(current).__name__}"
         if self._wrapper is not None and self._reached_from(current):
             return "applied", ""
-        if self._handled is not None and _succeeds(self._handled, current):
+        if self.handled is not None and _succeeds(self.handled, current):
             return "not-needed", f"{_name(current)} handles PackedSequence"
         found = _parameters(current)
-        if found[: len(self._parameters)] != self._parameters:
+        if found[: len(self.parameters)] != self.parameters:
             return (
                 "refused",
-                f"expected the parameters ({', '.join(self._parameters)}), found ({', '.join(found)})",
+                f"expected the parameters ({', '.join(self.parameters)}), found ({', '.join(found)})",
             )
         wrapper = functools.wraps(current)(self._make(current, self))
         holders = list(_holders(owner, name, current))
@@ -145,11 +147,11 @@ class Patch:
         if any(function is self._wrapper for function in _chain(current)):
             return True
         # A foreign wrapper that does not say what it wraps: ask by behaviour, with ours acting.
-        if current is self._original or self._handled is None:
+        if current is self._original or self.handled is None:
             return False
         was, self.active = self.active, True
         try:
-            return _succeeds(self._handled, current)
+            return _succeeds(self.handled, current)
         finally:
             self.active = was
 

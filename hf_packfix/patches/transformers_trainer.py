@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -39,17 +40,24 @@ def _handles_move(original: Function) -> bool:
 def prepare_input(original: Function, patch: Patch) -> Function:
     """Move the fields that must move; ``data`` goes through the subclass's own ``_prepare_input``.
 
+    Other named tuples stumble over the same line of the original, and are rebuilt from their fields.
+
     The hottest patch: called for every leaf of every batch. Ordinary batches pay for one ``issubclass``, which,
     unlike ``isinstance``, does not also ask a leaf for its ``__class__``; whether the patch is active is asked
-    only where there is a PackedSequence.
+    only for tuples.
     """
-    from hf_packfix.packed import PackedSequence, with_data
+    from hf_packfix.nested import is_namedtuple, rebuild
+    from hf_packfix.packed import Countable, PackedSequence, with_data
 
     def _prepare_input(self: Any, data: Any) -> Any:
-        if issubclass(type(data), PackedSequence) and patch.active:
-            if getattr(self.args, "n_gpu", 1) > 1:
-                raise ValueError(_DATA_PARALLEL.format(self.args.n_gpu))
-            return with_data(data, self._prepare_input(data.data))
+        if issubclass(type(data), tuple) and patch.active:
+            if isinstance(data, PackedSequence):
+                if getattr(self.args, "n_gpu", 1) > 1:
+                    raise ValueError(_DATA_PARALLEL.format(self.args.n_gpu))
+                packed = data.plain() if isinstance(data, Countable) else data
+                return with_data(packed, self._prepare_input(packed.data))
+            if is_namedtuple(data):
+                return rebuild(data, [self._prepare_input(item) for item in data])
         return original(self, data)
 
     return _prepare_input
@@ -155,29 +163,74 @@ def _handles_item_count(original: Function) -> bool:
     handled=_handles_item_count,
 )
 def get_num_items_in_batch(original: Function, patch: Patch) -> Function:
-    """Count the labels that are not -100; where the loss shifts labels, not each sequence's first."""
-    from hf_packfix.packed import PackedSequence, batch_size
+    """Let the original count rectangles padded with -100: it knows whether the loss shifts labels."""
 
-    def with_flat_labels(batch: Any, shifts: bool) -> Any:
-        if not isinstance(batch, Mapping):
-            return batch
-        flat: dict[str, Any] = {}
-        labels, shift_labels = batch.get("labels"), batch.get("shift_labels")
-        if isinstance(shift_labels, PackedSequence):
-            flat["shift_labels"] = shift_labels.data
-        if isinstance(labels, PackedSequence):
-            # The first B rows of `data` are the first labels of the B sequences. Where the loss shifts labels,
-            # the original leaves out one more, by `labels[..., 1:]`.
-            flat["labels"] = labels.data[batch_size(labels) - 1 :] if shifts else labels.data
-        return {**batch, **flat} if flat else batch
-
-    def _get_num_items_in_batch(self: Any, batch_samples: Any, device: Any) -> Any:
+    def _get_num_items_in_batch(self: Any, batch_samples: Any, *args: Any, **kwargs: Any) -> Any:
         if patch.active:
-            shifts = bool(getattr(self, "_loss_shifts_labels", False))
-            batch_samples = [with_flat_labels(batch, shifts) for batch in batch_samples]
-        return original(self, batch_samples, device)
+            batch_samples = [_with_padded_labels(batch) for batch in batch_samples]
+        return original(self, batch_samples, *args, **kwargs)
 
     return _get_num_items_in_batch
 
 
-PATCHES = (prepare_input, floating_point_ops, track_num_input_tokens, get_num_items_in_batch)
+def _with_padded_labels(batch: Any) -> Any:
+    from hf_packfix.packed import PackedSequence, pad
+
+    if not isinstance(batch, Mapping):
+        return batch
+    labels = {key: batch[key] for key in ("labels", "shift_labels") if isinstance(batch.get(key), PackedSequence)}
+    return {**batch, **{key: pad(packed, -100) for key, packed in labels.items()}} if labels else batch
+
+
+def _counts_elsewhere(original: Function) -> bool:
+    # What matters is not this method but who counts: a helper of its own, or the method and the loop around it.
+    trainer = vars(sys.modules["transformers.trainer"])["Trainer"]
+    return hasattr(trainer, "_get_num_items_in_batch") and hasattr(trainer, "_track_num_input_tokens")
+
+
+@patch(
+    "transformers.trainer:Trainer.get_batch_samples",
+    reason="up to 5.2 items (up to 4.56) and input tokens are counted inline, around here; answers for a pack",
+    parameters=("self", "epoch_iterator", "num_batches"),
+    handled=_counts_elsewhere,
+)
+def get_batch_samples(original: Function, patch: Patch) -> Function:
+    """Let the original count the items of rectangles, and the loop the tokens of packs that answer ``numel()``.
+
+    What comes back are the batches of the iterator. Where the loop counts tokens, their main input is a
+    :class:`~hf_packfix.packed.Countable` until ``_prepare_input`` turns it back.
+    """
+
+    def get_batch_samples(self: Any, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        if not patch.active:
+            return original(self, epoch_iterator, *args, **kwargs)
+        if hasattr(self, "_get_num_items_in_batch"):
+            batches, items = original(self, epoch_iterator, *args, **kwargs)
+        else:
+            taken = []
+
+            def countable(batch: Any) -> Any:
+                taken.append(batch)
+                return _with_padded_labels(batch)
+
+            _, items = original(self, map(countable, epoch_iterator), *args, **kwargs)
+            batches = taken
+        if getattr(self.args, "include_num_input_tokens_seen", False) not in (False, "no"):
+            batches = [_with_countable_input(self, batch) for batch in batches]
+        return batches, items
+
+    return get_batch_samples
+
+
+def _with_countable_input(trainer: Any, batch: Any) -> Any:
+    """Return ``batch`` with a main input, and a mask, that the training loop up to 5.2 can count."""
+    from hf_packfix.packed import Countable, PackedSequence
+
+    main = getattr(trainer.model, "main_input_name", "input_ids")
+    if not isinstance(batch, Mapping) or not isinstance(batch.get(main), PackedSequence):
+        return batch
+    packed = {key: batch[key] for key in (main, "attention_mask") if isinstance(batch.get(key), PackedSequence)}
+    return type(batch)({**batch, **{key: Countable._make(value) for key, value in packed.items()}})  # type: ignore[call-arg]
+
+
+PATCHES = (prepare_input, floating_point_ops, track_num_input_tokens, get_num_items_in_batch, get_batch_samples)

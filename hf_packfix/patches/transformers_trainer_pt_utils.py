@@ -82,7 +82,8 @@ def _rectangles(logits: Any, labels: Any, ignore_index: int) -> tuple[Any, Any]:
 
 
 # The functions below call themselves by their global name, so the wrapper meets every leaf of a nested
-# argument and has to look at none but its own.
+# argument and has to look at none but its own. The same holds for the named tuples that they rebuild from a
+# generator, as they do tuples: rebuilt here, item by item.
 
 
 @patch(
@@ -93,11 +94,15 @@ def _rectangles(logits: Any, labels: Any, ignore_index: int) -> tuple[Any, Any]:
 )
 def nested_detach(original: Function, patch: Patch) -> Function:
     """Detach ``data``; what comes back is packed as before."""
+    from hf_packfix.nested import is_namedtuple, rebuild
     from hf_packfix.packed import PackedSequence, with_data
 
     def nested_detach(tensors: Any) -> Any:
-        if isinstance(tensors, PackedSequence) and patch.active:
-            return with_data(tensors, tensors.data.detach())
+        if isinstance(tensors, tuple) and patch.active:
+            if isinstance(tensors, PackedSequence):
+                return with_data(tensors, tensors.data.detach())
+            if is_namedtuple(tensors):
+                return rebuild(tensors, list(map(nested_detach, tensors)))
         return original(tensors)
 
     return nested_detach
@@ -111,6 +116,7 @@ def nested_detach(original: Function, patch: Patch) -> Function:
 )
 def nested_concat(original: Function, patch: Patch) -> Function:
     """Concatenate ``[B, T, *]`` and ``[B', T', *]`` to ``[B + B', max(T, T'), *]``, in original order."""
+    from hf_packfix.nested import is_namedtuple, rebuild
     from hf_packfix.packed import PackedSequence, pad
 
     def nested_concat(tensors: Any, new_tensors: Any, padding_index: Any = -100) -> Any:
@@ -119,6 +125,9 @@ def nested_concat(original: Function, patch: Patch) -> Function:
                 tensors = pad(tensors, padding_index)
             if isinstance(new_tensors, PackedSequence):
                 new_tensors = pad(new_tensors, padding_index)
+            if isinstance(tensors, tuple) and is_namedtuple(tensors) and type(tensors) is type(new_tensors):
+                pairs = zip(tensors, new_tensors, strict=True)
+                return rebuild(tensors, [nested_concat(old, new, padding_index) for old, new in pairs])
         return original(tensors, new_tensors, padding_index=padding_index)
 
     return nested_concat
@@ -132,11 +141,15 @@ def nested_concat(original: Function, patch: Patch) -> Function:
 )
 def nested_numpify(original: Function, patch: Patch) -> Function:
     """Give ``[B, T, *]`` as an array, padded with -100 as the Trainer pads what it gathers."""
+    from hf_packfix.nested import is_namedtuple, rebuild
     from hf_packfix.packed import PackedSequence, pad
 
     def nested_numpify(tensors: Any) -> Any:
-        if isinstance(tensors, PackedSequence) and patch.active:
-            tensors = pad(tensors, -100)
+        if isinstance(tensors, tuple) and patch.active:
+            if isinstance(tensors, PackedSequence):
+                tensors = pad(tensors, -100)
+            elif is_namedtuple(tensors):
+                return rebuild(tensors, list(map(nested_numpify, tensors)))
         return original(tensors)
 
     return nested_numpify
@@ -150,11 +163,15 @@ def nested_numpify(original: Function, patch: Patch) -> Function:
 )
 def nested_truncate(original: Function, patch: Patch) -> Function:
     """Keep the first ``limit`` sequences in original order."""
+    from hf_packfix.nested import is_namedtuple, rebuild
     from hf_packfix.packed import PackedSequence, take
 
     def nested_truncate(tensors: Any, limit: Any) -> Any:
-        if isinstance(tensors, PackedSequence) and patch.active:
-            return take(tensors, slice(limit))
+        if isinstance(tensors, tuple) and patch.active:
+            if isinstance(tensors, PackedSequence):
+                return take(tensors, slice(limit))
+            if is_namedtuple(tensors):
+                return rebuild(tensors, [nested_truncate(item, limit) for item in tensors])
         return original(tensors, limit)
 
     return nested_truncate

@@ -1,0 +1,186 @@
+"""Run the behavioural tests on every pair of transformers and accelerate that is supported.
+
+    python tests/matrix.py [VERSION ...] [--part behaviour|conformance] [--cache DIR] [--jobs N]
+
+The pairs are those of ``hf_packfix/versions.py``; VERSION names one by its transformers. Each gets a folder that
+pip fills once; torch is this interpreter's own, linked. The oldest pair also gets the oldest wrapt,
+importlib-metadata and packaging that ``pyproject.toml`` allows. Exits with 1 where a test fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import Distribution, distribution
+from pathlib import Path
+from xml.etree import ElementTree
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["HF_PACKFIX"] = "0"  # `versions` is all that is needed of the package here
+sys.path.insert(0, str(ROOT))
+
+from hf_packfix.versions import TESTED  # noqa: E402
+
+PARTS = {
+    "behaviour": [
+        "activation",
+        "collator",
+        "conformance",
+        "distributed*",
+        "drift",
+        "each_patch_is_needed",
+        "evaluate",
+        "packed",
+        "prepare_input",
+        "properties",
+        "seq2seq",
+        "streaming*",
+        "train",
+    ],
+    "conformance": ["conformance", "drift"],
+}
+
+#: What the tests import besides the pair itself.
+TOOLS = ["hypothesis", "optuna", "psutil", "pytest", "pytest-timeout"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What pytest reported on one pair.
+
+    Attributes:
+        name: the versions of the pair.
+        passed, failed, skipped: numbers of tests; a run without a report counts as one failure.
+        seconds: of the tests, without the installation.
+        reasons: why tests were skipped.
+        output: what pytest printed.
+    """
+
+    name: str
+    passed: int
+    failed: int
+    skipped: int
+    seconds: float
+    reasons: tuple[str, ...]
+    output: str
+
+
+def requirements(pair: dict[str, str]) -> list[str]:
+    """Return what pip installs for a pair, accelerate aside."""
+    needs = ["wrapt", "importlib-metadata", "packaging"]
+    if pair == TESTED[0]:
+        floors = re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+        needs = [f"{name}=={dict(floors)[name]}" for name in needs]
+    return [f"transformers=={pair['transformers']}", *needs, *TOOLS]
+
+
+def interpreter(cache: Path) -> Path:
+    """Return the Python of an environment that has torch, linked from this one, and nothing else."""
+    base = cache / f"torch-{distribution('torch').version}"
+    python = base / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    complete = base / "complete"
+    if not complete.exists():
+        venv.create(base, clear=True)
+        site = next(base.glob("[Ll]ib/**/site-packages"))
+        for found in closure("torch"):
+            for top in {file.parts[0] for file in found.files or () if file.parts[0] not in ("..", "__pycache__")}:
+                link = site / top
+                if not link.exists():
+                    link.symlink_to(Path(str(found.locate_file(top))).resolve())
+        complete.touch()
+    return python
+
+
+def closure(name: str) -> list[Distribution]:
+    """Return an installed distribution and all that it requires."""
+    found: dict[str, Distribution] = {}
+    waiting = [name]
+    while waiting:
+        current = waiting.pop()
+        if current not in found:
+            found[current] = distribution(current)
+            needs = [Requirement(line) for line in found[current].requires or ()]
+            waiting += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return list(found.values())
+
+
+def install(pair: dict[str, str], cache: Path) -> Path:
+    """Return a folder with the pair and its requirements, filled unless it is there."""
+    target = cache / "-".join(pair.values())
+    complete, asked = target / "complete.json", [requirements(pair), pair]
+    if complete.exists() and json.loads(complete.read_text(encoding="utf-8")) == asked:
+        return target
+    # `--python`: what is installed here has no say in what fits there.
+    pip = [sys.executable, "-m", "pip", "--python", str(interpreter(cache)), "install", "--quiet", "--upgrade"]
+    pip += ["--target", str(target)]
+    subprocess.run([*pip, *requirements(pair)], check=True)
+    # Without its requirements, of which torch is the one that is missing: it would bring a torch of its own.
+    subprocess.run([*pip, "--no-deps", f"accelerate=={pair['accelerate']}"], check=True)
+    complete.write_text(json.dumps(asked), encoding="utf-8")
+    return target
+
+
+def run(pair: dict[str, str], part: str, cache: Path) -> Result:
+    """Run a part of the tests on a pair."""
+    python, target = interpreter(cache), install(pair, cache)
+    report = cache / f"{target.name}-{part}.xml"
+    report.unlink(missing_ok=True)
+    files = sorted(str(file) for stem in PARTS[part] for file in (ROOT / "tests").glob(f"test_{stem}.py"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    del environment["HF_PACKFIX"]
+    command = [str(python), "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    start = time.monotonic()
+    done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    seconds = time.monotonic() - start
+    name, output = ", ".join(f"{key} {value}" for key, value in pair.items()), done.stdout + done.stderr
+    if not report.exists():
+        return Result(name, 0, 1, 0, seconds, (), output)
+    suite = next(ElementTree.parse(report).iter("testsuite"))
+    count = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    failed = count["failures"] + count["errors"] or int(done.returncode != 0)
+    passed = count["tests"] - count["failures"] - count["errors"] - count["skipped"]
+    reasons = sorted({skip.get("message", "") for skip in suite.iter("skipped")})
+    return Result(name, passed, failed, count["skipped"], seconds, tuple(reasons), output)
+
+
+def main() -> int:
+    """Run, print the table, and return 1 where something failed."""
+    known = [pair["transformers"] for pair in TESTED]
+    parser = argparse.ArgumentParser(description="run the behavioural tests on every supported version")
+    parser.add_argument("versions", nargs="*", metavar="VERSION", help=f"of {', '.join(known)}; all by default")
+    parser.add_argument("--part", choices=list(PARTS), default="behaviour")
+    parser.add_argument("--jobs", type=int, default=2, help="how many versions to test at a time")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "hf_packfix_matrix")
+    options = parser.parse_args()
+    for version in options.versions:
+        if version not in known:
+            parser.error(f"{version} is not in hf_packfix/versions.py; expected one of {', '.join(known)}")
+    pairs = [pair for pair in TESTED if pair["transformers"] in (options.versions or known)]
+    options.cache.mkdir(parents=True, exist_ok=True)
+    interpreter(options.cache)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(lambda pair: run(pair, options.part, options.cache), pairs))
+    for result in results:
+        if result.failed:
+            print(f"\n=== {result.name}\n{result.output}")
+        for reason in result.reasons:
+            print(f"skipped on {result.name}: {reason}")
+    print(f"\n{'versions':<44}{'passed':>8}{'failed':>8}{'skipped':>8}{'seconds':>9}")
+    for result in results:
+        print(f"{result.name:<44}{result.passed:>8}{result.failed:>8}{result.skipped:>8}{result.seconds:>9.0f}")
+    return int(any(result.failed for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
