@@ -62,20 +62,33 @@ def replace(function: Callable[[PackedSequence], Any], tree: Any) -> Any:
     return tree
 
 
-def graft(function: Callable[[PackedSequence, Any], Any], tree: Any, other: Any) -> Any:
-    """Return ``other`` with ``function(p, value)`` at the place of every PackedSequence ``p`` of ``tree``.
+def graft(
+    function: Callable[[Any, Any], Any],
+    tree: Any,
+    other: Any,
+    chosen: Callable[[Any], bool] = lambda leaf: isinstance(leaf, PackedSequence),
+) -> Any:
+    """Return ``other`` with ``function(leaf, value)`` at the place of every chosen leaf of ``tree``.
 
-    For functions upstream that treat everything else right: ``other`` is what they made of ``tree`` with a
-    stand-in at these places, and has its structure.
+    For functions upstream that treat everything else right: ``other`` is what they made of ``tree``, perhaps with
+    a stand-in at these places, and has its structure.
+
+    Args:
+        function: given the leaf of ``tree`` and what stands in its place in ``other``.
+        tree: a nested batch.
+        other: of the same structure.
+        chosen: tells the leaves to replace, every PackedSequence by default.
     """
-    if isinstance(tree, PackedSequence):
+    if chosen(tree):
         return function(tree, other)
-    if not contains(tree):
-        return other
     if isinstance(tree, Mapping):
-        values = {key: graft(function, value, other[key]) for key, value in tree.items()}
-        return type(other)(values)
-    return rebuild(other, [graft(function, *pair) for pair in zip(tree, other, strict=True)])
+        values = {key: graft(function, value, other[key], chosen) for key, value in tree.items()}
+        unchanged = all(values[key] is other[key] for key in values)
+        return other if unchanged else type(other)(values)
+    if isinstance(tree, (tuple, list)):
+        items = [graft(function, *pair, chosen) for pair in zip(tree, other, strict=True)]
+        return other if all(new is old for new, old in zip(items, other, strict=True)) else rebuild(other, items)
+    return other
 
 
 def is_namedtuple(value: tuple[Any, ...]) -> bool:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import transformers.trainer_pt_utils as pt_utils
 from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_concat, nested_numpify, nested_truncate
 
 from hf_packfix.patches import PATCHES, Patch
-from tests import test_distributed, test_evaluate, test_prepare_input, test_seq2seq, test_train
+from hf_packfix.ragged import Pieces
+from tests import test_distributed, test_evaluate, test_prepare_input, test_ragged, test_seq2seq, test_train
 from tests.drift import state_here
 from tests.oracle import Tagger, packed_batch, padded_batch, rows, stock, train
 
@@ -60,10 +63,21 @@ def cast_to_half() -> None:
     assert cast.data.dtype == torch.float16
 
 
+def kept_flat() -> None:
+    trees = [test_ragged.rectangles(tree) for tree in test_ragged.batches()]
+    container = pt_utils.EvalLoopContainer()
+    # On a GPU this frees memory; here, it is asked for at all.
+    with mock.patch.object(Pieces, "to_cpu", autospec=True) as to_cpu:
+        for tree in trees:
+            container.add(tree)
+            container.to_cpu_and_numpy()
+            assert container.tensors is container.arrays is None
+    assert to_cpu.call_count == len(trees)
+    assert container.get_arrays()[0].shape == (11, 7, 2)
+
+
 def broadcast_without_indices() -> None:
     """Let a stand-in for the process group notice what is sent: data and layout, never a missing index."""
-    from unittest import mock
-
     from accelerate.utils import DistributedType, operations
 
     sent = []
@@ -95,6 +109,9 @@ NEEDED_BY: dict[str, Callable[[Any], None]] = {
     "nested_concat": same_labels(lambda labels: nested_concat(labels, labels, padding_index=-100)),
     "nested_numpify": same_labels(nested_numpify),
     "nested_truncate": same_labels(truncated),
+    "EvalLoopContainer.add": lambda d: kept_flat(),
+    "EvalLoopContainer.to_cpu_and_numpy": lambda d: kept_flat(),
+    "EvalLoopContainer.get_arrays": lambda d: kept_flat(),
     "find_batch_size": test_evaluate.test_number_of_samples_of_a_data_set_without_a_length,
     "EvalPrediction.__init__": same_labels(lambda labels: EvalPrediction(labels, labels).label_ids),
     "Seq2SeqTrainer.prediction_step": lambda d: test_seq2seq.test_generation_reports_what_the_padded_run_reports(d, 0),
@@ -132,6 +149,7 @@ def test_without_it_something_goes_wrong(tmp_path, patch, monkeypatch):
     check(tmp_path)
     off = property(lambda self: self is not patch, lambda self, value: None)
     monkeypatch.setattr(type(patch), "active", off, raising=False)
+    patch.take_off()
     with pytest.raises(Exception):  # noqa: B017, PT011 (a crash of any kind, or a wrong number)
         check(tmp_path)
 

@@ -231,10 +231,11 @@ def pad_across_processes(original: Function, patch: Patch) -> Function:
     """Turn every PackedSequence into ``[B, T, *]``, padded with ``pad_index``, before the original pads.
 
     The evaluation loop calls this on labels, logits and inputs at the end of every step, whoever wrote the
-    step: it is where packs become rectangles.
+    step: it is where packs become rectangles. They remember their lengths, so that the loop can keep them flat.
     """
     from hf_packfix import nested
-    from hf_packfix.packed import pad
+    from hf_packfix.packed import lengths, pad
+    from hf_packfix.ragged import remember
 
     def pad_across_processes(tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
         if not (patch.active and nested.contains(tensor)):
@@ -245,8 +246,12 @@ def pad_across_processes(original: Function, patch: Patch) -> Function:
             # The steps differ between processes, whatever dimension the caller cares about.
             return padded if dim == 1 else original(padded, dim=1, pad_index=pad_index, pad_first=pad_first)
 
-        rectangles = nested.replace(rectangle, tensor)
-        return original(rectangles, dim=dim, pad_index=pad_index, pad_first=pad_first)
+        def with_lengths(packed: PackedSequence, padded: Tensor) -> Tensor:
+            return remember(padded, lengths(packed))
+
+        padded = original(nested.replace(rectangle, tensor), dim=dim, pad_index=pad_index, pad_first=pad_first)
+        as_in_the_loop = dim == 1 and pad_index == -100 and not pad_first
+        return nested.graft(with_lengths, tensor, padded) if as_in_the_loop else padded
 
     return pad_across_processes
 
@@ -257,18 +262,36 @@ def pad_across_processes(original: Function, patch: Patch) -> Function:
     parameters=("tensor",),
 )
 def gather(original: Function, patch: Patch) -> Function:
-    """Gather ``[B, T, *]`` of every process, T being that of the longest sequence of all."""
+    """Gather ``[B, T, *]`` of every process, T being that of the longest sequence of all.
+
+    The lengths of rectangles that remember them are gathered, too, and the result remembers those of all.
+    """
+    import torch
+
     from hf_packfix import nested
+    from hf_packfix.ragged import is_remembered, lengths_of, remember
+
+    def whole(own: Tensor, gathered: Tensor) -> Tensor:
+        known = lengths_of(own)
+        # Every process sends, whether or not its rectangle was changed since: the others wait for it.
+        sent = torch.full((len(own),), -1) if known is None else known
+        everyone = original(sent.to(own.device)).cpu()
+        return gathered if bool((everyone < 0).any()) else remember(gathered, everyone)
 
     def gather(tensor: Any) -> Any:
-        if patch.active and nested.contains(tensor):
+        if not patch.active:
+            return original(tensor)
+        if nested.contains(tensor):
             from accelerate.utils import operations
 
             # By its name in the module, where it gives rectangles; tensors beside packs are left as they are.
             tensor = nested.replace(
                 lambda packed: operations.pad_across_processes(packed, dim=1, pad_index=-100), tensor
             )
-        return original(tensor)
+        gathered = original(tensor)
+        if gathered is tensor:  # a single process: the same objects
+            return gathered
+        return nested.graft(whole, tensor, gathered, is_remembered)
 
     return gather
 

@@ -195,10 +195,87 @@ def find_batch_size(original: Function, patch: Patch) -> Function:
     return find_batch_size
 
 
+# The three below share the attribute that holds what was added; a container without it is the original's alone.
+_PIECES = "_hf_packfix_pieces"
+
+
+@patch(
+    "transformers.trainer_pt_utils:EvalLoopContainer.add",
+    reason="copies everything it has at every batch; keeps the real steps of what came from packs instead",
+    parameters=("self", "tensors"),
+)
+def container_add(original: Function, patch: Patch) -> Function:
+    """Keep a batch flat if it has a rectangle that came from a pack, or the batches before had."""
+    from hf_packfix import nested
+    from hf_packfix.packed import pad
+    from hf_packfix.ragged import Pieces, any_remembered
+
+    def add(self: Any, tensors: Any) -> None:
+        pieces = getattr(self, _PIECES, None)
+        if pieces is None:
+            if patch.active and nested.contains(tensors):  # nobody has asked for a rectangle so far
+                tensors = nested.replace(lambda packed: pad(packed, self.padding_index), tensors)
+            begun = self.tensors is not None or self.arrays is not None
+            if begun or not (patch.active and self.do_nested_concat and any_remembered(tensors)):
+                original(self, tensors)
+                return
+            pieces = Pieces(self.padding_index)
+            setattr(self, _PIECES, pieces)
+        pieces.add(tensors)
+
+    return add
+
+
+@patch(
+    "transformers.trainer_pt_utils:EvalLoopContainer.to_cpu_and_numpy",
+    reason="moves what was added to the CPU, and concatenates all of it; moves what was kept flat",
+    parameters=("self",),
+)
+def container_to_cpu_and_numpy(original: Function, patch: Patch) -> Function:
+    """Move what was kept flat."""
+
+    def to_cpu_and_numpy(self: Any) -> None:
+        pieces = getattr(self, _PIECES, None)
+        if pieces is None:
+            original(self)
+        else:
+            pieces.to_cpu()
+
+    return to_cpu_and_numpy
+
+
+@patch(
+    "transformers.trainer_pt_utils:EvalLoopContainer.get_arrays",
+    reason="returns what was concatenated so far; builds the rectangle of what was kept flat, once",
+    parameters=("self",),
+)
+def container_get_arrays(original: Function, patch: Patch) -> Function:
+    """Build the rectangles, and let the original turn them into arrays."""
+
+    def get_arrays(self: Any) -> Any:
+        pieces = getattr(self, _PIECES, None)
+        if pieces is not None:
+            delattr(self, _PIECES)
+            self.tensors = pieces.merge()
+        return original(self)
+
+    return get_arrays
+
+
 def _is_packed(value: Any) -> bool:
     from hf_packfix.packed import PackedSequence
 
     return isinstance(value, PackedSequence)
 
 
-PATCHES = (smooth_labels, nested_detach, nested_concat, nested_numpify, nested_truncate, find_batch_size)
+PATCHES = (
+    smooth_labels,
+    nested_detach,
+    nested_concat,
+    nested_numpify,
+    nested_truncate,
+    find_batch_size,
+    container_add,
+    container_to_cpu_and_numpy,
+    container_get_arrays,
+)

@@ -1,0 +1,140 @@
+"""Keeping an evaluation flat: the arrays are those that stock concatenates, to the last bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers.trainer_pt_utils as pt_utils
+from accelerate.utils import operations
+from torch.nn.utils.rnn import pack_sequence
+from transformers.trainer_pt_utils import EvalLoopContainer
+
+from tests.oracle import Tagger, packed_batch, padded_batch, rows, stock
+from tests.test_evaluate import assert_same_report, assert_same_tree, report
+
+LENGTHS = [[3, 1], [1, 1, 1], [2, 7], [7], [4, 6, 5]]
+
+
+def batches(dtype: torch.dtype = torch.float32, trailing: tuple[int, ...] = (2,)) -> list[Any]:
+    """Return packs, and beside each the numbers of its rows."""
+    generator = torch.Generator().manual_seed(0)
+    result, first = [], 0
+    for lengths in LENGTHS:
+        pieces = [torch.randint(0, 50, (n, *trailing), generator=generator).to(dtype) for n in lengths]
+        numbers = torch.arange(first, first + len(lengths))
+        result.append((pack_sequence(pieces, enforce_sorted=False), {"number": numbers}))
+        first += len(lengths)
+    return result
+
+
+def rectangles(tree: Any) -> Any:
+    return operations.pad_across_processes(tree, dim=1, pad_index=-100)
+
+
+def collect(trees: list[Any], to_cpu_after: tuple[int, ...] = (), **options: Any) -> Any:
+    container = EvalLoopContainer(**options)
+    for number, tree in enumerate(trees):
+        container.add(tree)
+        if number in to_cpu_after:
+            container.to_cpu_and_numpy()
+    return container.get_arrays()
+
+
+def forgetful(tree: Any) -> Any:
+    """Return the same tensors, which remember nothing."""
+    if isinstance(tree, torch.Tensor):
+        return tree.clone()
+    if isinstance(tree, dict):
+        return {key: forgetful(value) for key, value in tree.items()}
+    return type(tree)(map(forgetful, tree))
+
+
+@pytest.fixture
+def concatenations(monkeypatch) -> list[int]:
+    """An element for each time that upstream concatenated rectangles."""
+    calls: list[int] = []
+    original = pt_utils.torch_pad_and_concatenate
+
+    def concatenate(first, second, **options):
+        if first.dim() > 1:  # losses come one by one
+            calls.append(1)
+        return original(first, second, **options)
+
+    monkeypatch.setattr(pt_utils, "torch_pad_and_concatenate", concatenate)
+    return calls
+
+
+@pytest.mark.parametrize("to_cpu_after", [(), (0,), (1, 3), (4,), (0, 1, 2, 3, 4)])
+@pytest.mark.parametrize(
+    ("dtype", "trailing"),
+    [(torch.float32, (2,)), (torch.int64, ()), (torch.bfloat16, (3, 2)), (torch.bool, ()), (torch.uint8, (1,))],
+)
+def test_the_arrays_are_those_of_stock(concatenations, to_cpu_after, dtype, trailing):
+    if dtype in (torch.bool, torch.uint8):  # -100 means something else there; what, is up to the caller
+        padded = [operations.pad_across_processes(tree, dim=1, pad_index=1) for tree in batches(dtype, trailing)]
+        found = collect(padded, to_cpu_after, padding_index=1)
+    else:
+        padded = [rectangles(tree) for tree in batches(dtype, trailing)]
+        found = collect(padded, to_cpu_after)
+        assert not concatenations
+    with stock():
+        index = 1 if dtype in (torch.bool, torch.uint8) else -100
+        expected = collect([forgetful(tree) for tree in padded], to_cpu_after, padding_index=index)
+    assert_same_tree(found, expected)
+
+
+def test_packs_that_nobody_padded(concatenations):
+    found = collect(batches())
+    with stock():
+        expected = collect([forgetful(tree) for tree in map(rectangles_of_stock, batches())])
+    assert_same_tree(found, expected)
+
+
+def rectangles_of_stock(tree: Any) -> Any:
+    packed, rest = tree
+    return torch.nn.utils.rnn.pad_packed_sequence(packed, batch_first=True, padding_value=-100)[0], rest
+
+
+def test_a_rectangle_that_was_changed_in_place_is_taken_as_it_is():
+    def changed(tree):
+        padded, rest = rectangles(tree)
+        padded[:, -1] = 77  # behind the end of most rows
+        return padded, rest
+
+    trees = list(map(changed, batches()))
+    found = collect(trees)
+    with stock():
+        expected = collect([forgetful(tree) for tree in trees])
+    assert_same_tree(found, expected)
+    assert (found[0] == 77).any()
+
+
+@pytest.mark.parametrize("plain", [{0}, {2}, {4}, {1, 3}])
+def test_rectangles_that_remember_nothing_in_between(plain):
+    trees = [rectangles(tree) for tree in batches()]
+    mixed = [forgetful(tree) if number in plain else tree for number, tree in enumerate(trees)]
+    found = collect(mixed)
+    with stock():
+        expected = collect([forgetful(tree) for tree in trees])
+    assert_same_tree(found, expected)
+
+
+def test_without_concatenation_the_batches_stay_apart():
+    found = collect([rectangles(tree) for tree in batches()], do_nested_concat=False)
+    assert [array.shape for array, _ in found] == [(len(lengths), max(lengths), 2) for lengths in LENGTHS]
+
+
+def test_ordinary_batches_take_the_original_path(concatenations):
+    collect([forgetful(rectangles(tree)) for tree in batches()])
+    assert concatenations
+
+
+def test_an_evaluation_concatenates_nothing(tmp_path, concatenations):
+    found = report(tmp_path, Tagger, packed_batch, rows())
+    assert not concatenations
+    with stock():
+        expected = report(tmp_path, Tagger, padded_batch, rows())
+    assert concatenations
+    assert_same_report(found, expected)
