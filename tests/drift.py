@@ -138,7 +138,7 @@ def row(requirement: str, findings: list[Finding]) -> str:
     absent = ", ".join(f"`{f.path}`" for f in findings if f.parameters is None and not f.problem)
     problems = "; ".join(f"`{f.path}`: {f.problem}" for f in findings if f.problem)
     present = sum(f.parameters is not None and not f.problem for f in findings)
-    return f"| {distribution} {version} | {present} of {len(findings)} | {absent or '–'} | {problems or '–'} |"
+    return f"| {distribution} {version} | {present} of {len(findings)} | {absent or '-'} | {problems or '-'} |"
 
 
 HEADER = "| release | as expected | has no such place | unexpected |\n|---|---|---|---|"
