@@ -35,12 +35,12 @@ from hf_packfix.versions import TESTED  # noqa: E402
 PARTS = {
     "behaviour": [
         "activation",
-        "collator",
         "conformance",
         "distributed*",
         "drift",
         "each_patch_is_needed",
         "evaluate",
+        "older_upstream",
         "packed",
         "prepare_input",
         "properties",

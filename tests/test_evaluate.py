@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
@@ -30,6 +32,7 @@ from tests.oracle import (
     rows,
     stock,
     train,
+    transformers_from,
 )
 
 
@@ -202,7 +205,15 @@ def test_several_label_names_of_mixed_kinds(tmp_path):
     ids=str,
 )
 def test_arguments_of_the_loop(tmp_path, changes):
+    if "eval_use_gather_object" in changes and Version(accelerate.__version__) <= Version("0.30.0"):
+        pytest.skip(f"accelerate {accelerate.__version__} has no gather_object for it; 0.30.1 is the first with it")
     compare(tmp_path, Tagger, rows(), **changes)
+
+
+@pytest.mark.skipif(transformers_from("5.0"), reason="transformers 5.0 removed the legacy prediction loop")
+@pytest.mark.parametrize("changes", [{}, {"eval_accumulation_steps": 1}, {"eval_accumulation_steps": 2}], ids=str)
+def test_the_legacy_prediction_loop(tmp_path, changes):
+    compare(tmp_path, Tagger, rows(), use_legacy_prediction_loop=True, **changes)
 
 
 @pytest.mark.parametrize("longest_first", [True, False])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_packfix import versions
 from hf_packfix.patches import PATCHES
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -40,6 +41,19 @@ def test_the_first_block_needs_the_plugin(tmp_path):
     error = "AssertionError: Expected data to be a list or tuple of length 2"
     assert error in result.stderr
     assert error in README
+
+
+def test_the_versions_are_the_tested_ones():
+    between = README.partition("<!-- versions -->")[2].partition("<!-- /versions -->")[0]
+    listed = re.findall(r"^\| (\d\S*) \| (\d\S*) \|", between, re.MULTILINE)
+    tested = [(pair["transformers"], pair["accelerate"]) for pair in versions.TESTED]
+    assert listed == tested, "the table between <!-- versions --> and <!-- /versions --> differs from versions.TESTED"
+
+
+def test_the_gate_is_what_the_package_requires():
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    for package, minimum in versions.MINIMUM.items():
+        assert f'"{package}>={minimum}"' in pyproject
 
 
 def test_every_patch_is_in_the_table():
