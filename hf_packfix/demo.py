@@ -11,68 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers import Trainer, TrainingArguments, set_seed
 
 import hf_packfix
+from hf_packfix.collator import DataCollatorForPackedSequence
+from hf_packfix.models import RecurrentConfig, RecurrentForSequenceClassification
 
 __all__ = ["DemoError", "run"]
 
-BATCH_SIZE = 16
+BATCH_SIZE, CHANNELS, SPEAKERS = 16, 12, 9
 Row = dict[str, Any]
 
 
 class DemoError(Exception):
     """Something the user can mend: a missing package, a folder that cannot be written."""
-
-
-class SpeakerConfig(PretrainedConfig):
-    """The size of a :class:`SpeakerClassifier`."""
-
-    model_type = "hf-packfix-demo"
-
-    def __init__(self, channels: int = 12, hidden_size: int = 64, speakers: int = 9, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.channels = channels
-        self.hidden_size = hidden_size
-        self.speakers = speakers
-
-
-class SpeakerClassifier(PreTrainedModel):
-    """A bidirectional GRU over a PackedSequence ``[N, channels]``, and a linear layer over its last states."""
-
-    config_class = SpeakerConfig
-    main_input_name = "input_values"
-
-    def __init__(self, config: SpeakerConfig) -> None:
-        super().__init__(config)
-        self.gru = nn.GRU(config.channels, config.hidden_size, bidirectional=True)
-        self.dropout = nn.Dropout(0.3)
-        self.classifier = nn.Linear(2 * config.hidden_size, config.speakers)
-        self.post_init()  # type: ignore[no-untyped-call]
-
-    def forward(self, input_values: PackedSequence, labels: Tensor | None = None) -> SequenceClassifierOutput:
-        """Return logits ``[B, speakers]``, and the loss where ``labels`` ``[B]`` are given."""
-        last = self.gru(input_values)[1]
-        logits = self.classifier(self.dropout(torch.cat([last[-2], last[-1]], dim=1)))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
-
-
-def collate(rows: list[Row]) -> dict[str, Any]:
-    """Return a batch: ``input_values`` as a PackedSequence, ``labels`` ``[B]``."""
-    return {
-        "input_values": pack_sequence([row["input_values"] for row in rows], enforce_sorted=False),
-        "labels": torch.tensor([row["labels"] for row in rows]),
-    }
 
 
 def run(seed: int, epochs: int, output_dir: Path, *, plot: bool = True) -> int:
@@ -101,13 +53,15 @@ def run(seed: int, epochs: int, output_dir: Path, *, plot: bool = True) -> int:
 
     print(f"\nWith hf_packfix, the same Trainer, {epochs} epochs on {len(train_rows)} recordings:")
     set_seed(seed)
-    trainer = _trainer(SpeakerClassifier(SpeakerConfig()), train_rows, test_rows, output_dir, seed, epochs)
+    trainer = _trainer(_new_model(), train_rows, test_rows, output_dir, seed, epochs)
     trainer.train()
     predictions = trainer.predict(test_rows)  # type: ignore[arg-type]
 
     saved = output_dir / "model"
     trainer.save_model(str(saved))
-    loaded = _trainer(SpeakerClassifier.from_pretrained(saved), train_rows, test_rows, output_dir, seed, epochs)
+    loaded = _trainer(
+        RecurrentForSequenceClassification.from_pretrained(saved), train_rows, test_rows, output_dir, seed, epochs
+    )
     again = loaded.predict(test_rows)  # type: ignore[arg-type]
     if not torch.equal(torch.as_tensor(predictions.predictions), torch.as_tensor(again.predictions)):
         raise RuntimeError(f"the model loaded from {saved} does not predict what the trained one does")
@@ -122,8 +76,15 @@ def run(seed: int, epochs: int, output_dir: Path, *, plot: bool = True) -> int:
     return 0
 
 
+def _new_model() -> RecurrentForSequenceClassification:
+    config = RecurrentConfig(
+        cell_type="gru", input_size=CHANNELS, hidden_size=64, bidirectional=True, num_labels=SPEAKERS
+    )
+    return RecurrentForSequenceClassification(config)
+
+
 def _trainer(
-    model: SpeakerClassifier,
+    model: RecurrentForSequenceClassification,
     train_rows: list[Row],
     test_rows: list[Row],
     directory: Path,
@@ -150,7 +111,7 @@ def _trainer(
         args=arguments,
         train_dataset=train_rows,
         eval_dataset=test_rows,
-        data_collator=collate,
+        data_collator=DataCollatorForPackedSequence(),
         compute_metrics=_accuracy,
     )
 
@@ -185,8 +146,8 @@ def _load() -> tuple[list[Row], list[Row]]:
 
 
 def _show_the_problem(rows: list[Row], directory: Path) -> None:
-    trainer = _trainer(SpeakerClassifier(SpeakerConfig()), rows, rows, directory, seed=0, epochs=1)
-    batch = collate(rows[:BATCH_SIZE])
+    trainer = _trainer(_new_model(), rows, rows, directory, seed=0, epochs=1)
+    batch = DataCollatorForPackedSequence()(rows[:BATCH_SIZE])
     was_enabled = hf_packfix.is_enabled()
     hf_packfix.disable()
     print("Without hf_packfix, Trainer._prepare_inputs on a batch with a PackedSequence:")

@@ -15,16 +15,29 @@ from hf_packfix.patches import PATCHES
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+(SLOW,) = re.findall(r"^```python slow\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def run(directory: Path, code: str) -> str:
+    (directory / "block.py").write_text(code, encoding="utf-8")
+    environment = {k: v for k, v in os.environ.items() if k != "HF_PACKFIX"} | {"ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(
+        [sys.executable, "block.py"], cwd=directory, capture_output=True, text=True, env=environment, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=[str(number) for number in range(len(BLOCKS))])
 def test_block_runs(tmp_path, code):
-    (tmp_path / "block.py").write_text(code, encoding="utf-8")
-    environment = {k: v for k, v in os.environ.items() if k != "HF_PACKFIX"} | {"ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(
-        [sys.executable, "block.py"], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    printed = run(tmp_path, code).splitlines()
+    if "generate(" in code:
+        assert printed[-1] == "[[7, 8, 9, 0, 1, 2, 3, 4]]"
+
+
+@pytest.mark.slow
+def test_digits_are_reversed(tmp_path):
+    assert float(run(tmp_path, SLOW).splitlines()[-1]) >= 0.98
 
 
 def test_the_tagger_is_short():
