@@ -159,12 +159,15 @@ def _is_command() -> bool:
 def module_loaded(module: ModuleType) -> None:
     """Put on the patches of an upstream module that has just been imported (``wrapt``'s import hook).
 
+    Where torch is not loaded there are no packs, and a program that needs no more than a tokenizer is not made to
+    load it: all patches wait for torch.
+
     Never raises: an exception in an import hook would fail the import of the module itself.
     """
     try:
         with _lock:
-            if _activated_by is not None:
-                _put_on(patch for patch in _patches() if patch.module == module.__name__)
+            if _activated_by is not None and "torch" in sys.modules:
+                _put_on(p for p in _patches() if module.__name__ in (p.module, "torch"))
     except Exception:
         logger.warning("could not patch %s", module.__name__, exc_info=True)
 
@@ -182,14 +185,16 @@ def _enable(activated_by: str, *, force: bool, tell: Callable[[str], None] = war
             f"{package} {version} is newer than {versions.NEWEST_TESTED[package]}, the newest that hf_packfix "
             f"was tested with; patches are applied where their probes pass, see hf_packfix.status()"
         )
-    with _lock:
-        _activated_by = _activated_by or activated_by
-        _put_on(_patches())
-        modules = {patch.module for patch in _patches()} - _hooked
-        _hooked.update(modules)
-    # Outside the lock, since wrapt takes its own and calls back for a module imported meanwhile.
+    # Before anything is changed: without it nothing can be.
     import wrapt
 
+    with _lock:
+        _activated_by = _activated_by or activated_by
+        if "torch" in sys.modules:
+            _put_on(_patches())
+        modules = {"torch", *(patch.module for patch in _patches())} - _hooked
+        _hooked.update(modules)
+    # Outside the lock, since wrapt takes its own and calls back for a module imported meanwhile.
     for name in sorted(modules):
         wrapt.register_post_import_hook("hf_packfix.activation:module_loaded", name)
 

@@ -138,6 +138,26 @@ def test_import_loads_neither_torch_nor_transformers():
     assert result.returncode == 0, result.stderr
 
 
+def test_a_program_without_torch_is_not_made_to_load_it():
+    result = run(
+        """
+        import sys, types
+        stand_in = types.ModuleType("transformers.feature_extraction_utils")
+        exec("class BatchFeature:\\n    def to(self): pass", vars(stand_in))
+        import hf_packfix
+        from hf_packfix.activation import module_loaded
+        sys.modules[stand_in.__name__] = stand_in
+        module_loaded(stand_in)
+        assert "torch" not in sys.modules
+        assert not hasattr(stand_in.BatchFeature.to, "__wrapped__")
+        del sys.modules[stand_in.__name__]
+        from transformers import Trainer
+        assert Trainer._prepare_input.__wrapped__
+        """
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_activation_leaves_the_process_state_of_accelerate_alone():
     # Creating it fixes whether the process is distributed, which is up to the Trainer's arguments.
     result = run(
