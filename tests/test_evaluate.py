@@ -210,7 +210,10 @@ def test_arguments_of_the_loop(tmp_path, changes):
     compare(tmp_path, Tagger, rows(), **changes)
 
 
-@pytest.mark.skipif(transformers_from("5.0"), reason="transformers 5.0 removed the legacy prediction loop")
+@pytest.mark.skipif(
+    transformers_from("5.0") or not transformers_from("4.47"),
+    reason="the legacy prediction loop went with transformers 5.0; in 4.46 it fails on padded batches, too",
+)
 @pytest.mark.parametrize("changes", [{}, {"eval_accumulation_steps": 1}, {"eval_accumulation_steps": 2}], ids=str)
 def test_the_legacy_prediction_loop(tmp_path, changes):
     compare(tmp_path, Tagger, rows(), use_legacy_prediction_loop=True, **changes)
