@@ -24,8 +24,13 @@ _ATTRIBUTE = "_hf_packfix_lengths"
 
 
 def remember(rectangle: Tensor, lengths: Tensor) -> Tensor:
-    """Note the lengths of the rows, int64 ``[B]`` on the CPU, of a rectangle ``[B, T, *]``; return it."""
-    setattr(rectangle, _ATTRIBUTE, (lengths, rectangle._version))
+    """Note the lengths of the rows, int64 ``[B]`` on the CPU, of a rectangle ``[B, T, *]``; return it.
+
+    A tensor of ``torch.inference_mode`` has no version counter, so nothing could tell whether it was changed since:
+    nothing is noted.
+    """
+    if not rectangle.is_inference():
+        setattr(rectangle, _ATTRIBUTE, (lengths, rectangle._version))
     return rectangle
 
 

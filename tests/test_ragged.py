@@ -138,3 +138,11 @@ def test_an_evaluation_concatenates_nothing(tmp_path, concatenations):
         expected = report(tmp_path, Tagger, padded_batch, rows())
     assert concatenations
     assert_same_report(found, expected)
+
+
+def test_inference_mode(tmp_path):
+    with torch.inference_mode():
+        found = report(tmp_path, Tagger, packed_batch, rows())
+    with stock():
+        expected = report(tmp_path, Tagger, padded_batch, rows())
+    assert_same_report(found, expected)
