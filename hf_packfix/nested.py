@@ -33,6 +33,8 @@ def contains(tree: Any) -> bool:
 
 def contains_namedtuple(tree: Any) -> bool:
     """Tell whether there is a named tuple, a PackedSequence or another, in ``tree``."""
+    if type(tree) in _LEAVES:
+        return False
     if isinstance(tree, tuple) and is_namedtuple(tree):
         return True
     if isinstance(tree, (tuple, list)):

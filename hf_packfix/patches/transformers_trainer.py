@@ -52,9 +52,9 @@ def prepare_input(original: Function, patch: Patch) -> Function:
     def _prepare_input(self: Any, data: Any) -> Any:
         if issubclass(type(data), tuple) and patch.active:
             if isinstance(data, PackedSequence):
+                packed = data.plain() if isinstance(data, Countable) else data
                 if getattr(self.args, "n_gpu", 1) > 1:
                     raise ValueError(_DATA_PARALLEL.format(self.args.n_gpu))
-                packed = data.plain() if isinstance(data, Countable) else data
                 return with_data(packed, self._prepare_input(packed.data))
             if is_namedtuple(data):
                 return rebuild(data, [self._prepare_input(item) for item in data])
@@ -164,22 +164,27 @@ def _handles_item_count(original: Function) -> bool:
 )
 def get_num_items_in_batch(original: Function, patch: Patch) -> Function:
     """Let the original count rectangles padded with -100: it knows whether the loss shifts labels."""
+    with_padded_labels = _label_padder()
 
     def _get_num_items_in_batch(self: Any, batch_samples: Any, *args: Any, **kwargs: Any) -> Any:
         if patch.active:
-            batch_samples = [_with_padded_labels(batch) for batch in batch_samples]
+            batch_samples = list(map(with_padded_labels, batch_samples))
         return original(self, batch_samples, *args, **kwargs)
 
     return _get_num_items_in_batch
 
 
-def _with_padded_labels(batch: Any) -> Any:
+def _label_padder() -> Function:
+    """Return the function that puts rectangles ``[B, T]``, padded with -100, for packed labels of a batch."""
     from hf_packfix.packed import PackedSequence, pad
 
-    if not isinstance(batch, Mapping):
-        return batch
-    labels = {key: batch[key] for key in ("labels", "shift_labels") if isinstance(batch.get(key), PackedSequence)}
-    return {**batch, **{key: pad(packed, -100) for key, packed in labels.items()}} if labels else batch
+    def with_padded_labels(batch: Any) -> Any:
+        if type(batch) is not dict and not isinstance(batch, Mapping):
+            return batch
+        packed = [key for key in ("labels", "shift_labels") if isinstance(batch.get(key), PackedSequence)]
+        return {**batch, **{key: pad(batch[key], -100) for key in packed}} if packed else batch
+
+    return with_padded_labels
 
 
 def _counts_elsewhere(original: Function) -> bool:
@@ -200,6 +205,7 @@ def get_batch_samples(original: Function, patch: Patch) -> Function:
     What comes back are the batches of the iterator. Where the loop counts tokens, their main input is a
     :class:`~hf_packfix.packed.Countable` until ``_prepare_input`` turns it back.
     """
+    with_padded_labels = _label_padder()
 
     def get_batch_samples(self: Any, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
         if not patch.active:
@@ -211,7 +217,7 @@ def get_batch_samples(original: Function, patch: Patch) -> Function:
 
             def countable(batch: Any) -> Any:
                 taken.append(batch)
-                return _with_padded_labels(batch)
+                return with_padded_labels(batch)
 
             _, items = original(self, map(countable, epoch_iterator), *args, **kwargs)
             batches = taken
