@@ -118,7 +118,8 @@ def test_fully_sharded(results, name, tolerance):
 
 def test_a_rank_that_fails_raises_its_own_error(tmp_path):
     (tmp_path / "fails.py").write_text("""
-import hf_packfix, torch
+import sys
+import hf_packfix
 from accelerate import PartialState
 from tests import oracle
 
@@ -127,9 +128,9 @@ def collate(features):
         raise LookupError("this is rank 1's own error")
     return oracle.packed_batch(features)
 
-oracle.new_trainer("out", oracle.Tagger, oracle.rows(), collate).train()
+oracle.new_trainer(sys.argv[1], oracle.Tagger, oracle.rows(), collate).train()
 """)
-    result = launch(2, str(tmp_path / "fails.py"), PYTHONPATH=str(ROOT))
+    result = launch(2, str(tmp_path / "fails.py"), str(tmp_path), PYTHONPATH=str(ROOT))
     assert result.returncode != 0
     assert "LookupError: this is rank 1's own error" in result.stderr
 
