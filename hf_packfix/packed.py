@@ -27,6 +27,7 @@ __all__ = [
     "lengths",
     "num_tokens",
     "pad",
+    "pad_left",
     "same_packing",
     "take",
     "to_flat",
@@ -99,6 +100,17 @@ def pad(packed: PackedSequence, padding_value: float = 0.0, total_length: int | 
     # through autograd, and takes the same path for a `total_length`.
     rows, steps_of = _positions(packed)
     return rectangle.index_put_((rows.to(packed.data.device), steps_of.to(packed.data.device)), packed.data)
+
+
+def pad_left(packed: PackedSequence, padding_value: float = 0.0) -> Tensor:
+    """Return the rectangle ``[B, T, *]`` with the padding in front of each sequence, as a prompt to continue."""
+    rectangle = pad(packed, padding_value)
+    width = rectangle.shape[1]
+    shift = (width - lengths(packed)).to(rectangle.device)
+    # Step t of the result is step t - shift of the sequence; where that is negative, a step of the padding.
+    source = (torch.arange(width, device=rectangle.device) - shift[:, None]) % width
+    rows = torch.arange(len(rectangle), device=rectangle.device)[:, None]
+    return rectangle[rows, source]
 
 
 def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from hf_packfix.models.packing import unpack
-from hf_packfix.packed import PackedSequence, lengths
+from hf_packfix.packed import PackedSequence, pad_left, with_data
 
 __all__ = ["RecurrentCache", "RecurrentGenerationMixin"]
 
@@ -82,9 +81,7 @@ class RecurrentGenerationMixin(GenerationMixin):
         """Generate as ``GenerationMixin.generate`` does; a packed prompt is padded on the left first."""
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if isinstance(input_ids, PackedSequence):
-            of_row = lengths(input_ids).to(input_ids.data.device)
-            longest = int(of_row.max())
-            real = torch.arange(longest, device=of_row.device) >= longest - of_row[:, None]
-            input_ids = unpack(input_ids, real, fill=self.config.pad_token_id or 0)
-            kwargs["attention_mask"] = real.long()
+            real = with_data(input_ids, torch.ones_like(input_ids.data))
+            kwargs["attention_mask"] = pad_left(real)
+            input_ids = pad_left(input_ids, self.config.pad_token_id or 0)
         return super().generate(input_ids, *args, **kwargs)  # type: ignore[misc]

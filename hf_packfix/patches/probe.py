@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.nn.utils.rnn import PackedSequence
@@ -14,3 +14,16 @@ def packed() -> PackedSequence:
     from torch.nn.utils.rnn import pack_sequence
 
     return pack_sequence([torch.tensor([1]), torch.tensor([2, 3])], enforce_sorted=False)
+
+
+def is_on_meta(value: Any) -> bool:
+    """Tell whether ``value`` is a pack of which every field that must move is on ``meta``, and no other.
+
+    ``meta`` is a second device that every build of torch has.
+    """
+    from torch.nn.utils.rnn import PackedSequence
+
+    devices = ["meta", "cpu", "meta", "meta"]
+    return isinstance(value, PackedSequence) and devices == [
+        None if field is None else field.device.type for field in value
+    ]

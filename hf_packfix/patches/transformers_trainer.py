@@ -16,19 +16,10 @@ __all__ = ["PATCHES"]
 def _handles_move(original: Function) -> bool:
     import torch
 
-    from hf_packfix.packed import PackedSequence
-
-    # `meta` is a second device that every build of torch has.
     trainer = type("Trainer", (), {"_prepare_input": original})()
     trainer.args = SimpleNamespace(device=torch.device("meta"))
     trainer.is_deepspeed_enabled = False
-    moved = trainer._prepare_input({"x": probe.packed()})["x"]
-    return isinstance(moved, PackedSequence) and [None if field is None else field.device.type for field in moved] == [
-        "meta",
-        "cpu",
-        "meta",
-        "meta",
-    ]
+    return probe.is_on_meta(trainer._prepare_input({"x": probe.packed()})["x"])
 
 
 @patch(

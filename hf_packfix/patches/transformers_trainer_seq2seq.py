@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_packfix.patches.patch import Function, Patch, patch
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.nn.utils.rnn import PackedSequence
 
 __all__ = ["PATCHES"]
 
@@ -56,7 +52,7 @@ def _for_generation(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    from hf_packfix.packed import PackedSequence, pad, with_data
+    from hf_packfix.packed import PackedSequence, pad, pad_left, with_data
 
     config = getattr(model, "config", None)
     on_the_left = not getattr(config, "is_encoder_decoder", False)
@@ -71,26 +67,11 @@ def _for_generation(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
             padded[key] = pad(value, -100)
         else:
             filling = token if key.endswith("input_ids") else 0
-            padded[key] = _pad_left(value, filling) if on_the_left else pad(value, filling)
+            padded[key] = pad_left(value, filling) if on_the_left else pad(value, filling)
     if isinstance(main, PackedSequence) and "attention_mask" not in padded:
         real = with_data(main, torch.ones(main.data.shape[0], dtype=torch.int64, device=main.data.device))
-        padded["attention_mask"] = _pad_left(real, 0) if on_the_left else pad(real, 0)
+        padded["attention_mask"] = pad_left(real, 0) if on_the_left else pad(real, 0)
     return padded
-
-
-def _pad_left(packed: PackedSequence, filling: float) -> Tensor:
-    """Return ``[B, T, *]`` with the padding in front of each sequence."""
-    import torch
-
-    from hf_packfix.packed import lengths, pad
-
-    rectangle = pad(packed, filling)
-    width = rectangle.shape[1]
-    shift = (width - lengths(packed)).to(rectangle.device)
-    # Step t of the result is step t - shift of the sequence; where that is negative, a step of the padding.
-    source = (torch.arange(width, device=rectangle.device) - shift[:, None]) % width
-    rows = torch.arange(len(rectangle), device=rectangle.device)[:, None]
-    return rectangle[rows, source]
 
 
 PATCHES = (prediction_step,)
