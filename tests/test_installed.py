@@ -41,7 +41,7 @@ if __name__ == "__main__":
     trainer = SomebodysTrainer(Tagger(), args, collate, rows, rows, compute_metrics=lambda p: {"n": len(p.label_ids)})
     trainer.train()
     assert trainer.evaluate()["eval_n"] == 4
-    print("trained", sys.argv[1:])
+    sys.stdout.write(f"trained {sys.argv[1:]}\\n")  # in one piece, that processes on one pipe do not mix
 """
 
 
