@@ -257,6 +257,7 @@ def test_data_parallel_names_the_two_ways_out(tmp_path, method):
     data = rows()
     trainer = new_trainer(tmp_path, Counting, data, packed_batch, remove_unused_columns=False)
     trainer.args._n_gpu = 2  # what the Trainer finds on a machine with two GPUs and no launcher
+    assert trainer.args.n_gpu == 2
     with pytest.raises(ValueError, match=r"torchrun --nproc-per-node 2 .*accelerate launch --num_processes 2"):
         getattr(trainer, method)(*([data] if method == "predict" else []))
     assert not forwards
