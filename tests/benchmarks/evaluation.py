@@ -1,9 +1,10 @@
 """``Trainer.predict`` over many rows of long-tailed lengths: packed, and padded on a stock Trainer.
 
 The model does next to nothing, so that what is left is the Trainer's own cost. Every run is a process of its
-own, which knows how much memory it took at most:
+own, or two that share the rows, each of which knows how much memory it took at most:
 
     python -m tests.benchmarks.evaluation packed 5000
+    torchrun --standalone --nproc-per-node 2 -m tests.benchmarks.evaluation packed 5000
 """
 
 from __future__ import annotations
@@ -102,26 +103,30 @@ def predict(kind: str, count: int) -> dict[str, Any]:
     }
 
 
-def in_process(kind: str, count: int) -> dict[str, Any]:
-    """Call :func:`predict` in a process of its own."""
-    command = [sys.executable, "-m", "tests.benchmarks.evaluation", kind, str(count)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return dict(json.loads(result.stdout.splitlines()[-1]))
+def in_processes(kind: str, count: int, processes: int) -> dict[str, Any]:
+    """Call :func:`predict` in one process of its own, or in several; return what the slowest and largest took."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.benchmarks.evaluation"]
+    result = subprocess.run([*command, kind, str(count)], stdout=subprocess.PIPE, text=True, check=True)
+    ranks = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    if len(ranks) != processes or len({rank["digest"] for rank in ranks}) != 1:
+        raise RuntimeError(f"expected the same arrays of {processes} processes, found {ranks}")
+    return {**ranks[0], **{key: max(rank[key] for rank in ranks) for key in ("seconds", "peak")}}
 
 
-def run(quick: bool) -> Table:
-    """Predict 5,000, 10,000 and 20,000 rows in both ways."""
-    counts, repeats = ((500, 1000, 2000), 2) if quick else ((5000, 10000, 20000), 3)
+def compare(counts: tuple[int, int, int], repeats: int, processes: int) -> tuple[list[Row], list[str]]:
+    """Return rows and notes on predicting ``counts`` rows in both ways, in so many processes."""
+    where = "" if processes == 1 else f", {processes} processes"
     results: dict[str, list[dict[str, Any]]] = {}
 
     def seconds(kind: str, count: int) -> float:
-        result = in_process(kind, count)
-        results.setdefault(f"{kind}, {count} rows", []).append(result)
+        result = in_processes(kind, count, processes)
+        results.setdefault(f"{kind}, {count} rows{where}", []).append(result)
         return float(result["seconds"])
 
     samples = interleave(
         {
-            f"{kind}, {count} rows": lambda kind=kind, count=count: seconds(kind, count)
+            f"{kind}, {count} rows{where}": lambda kind=kind, count=count: seconds(kind, count)
             for count in counts
             for kind in (PACKED, PADDED)
         },
@@ -130,12 +135,14 @@ def run(quick: bool) -> Table:
     )
     few, _, many = counts
     rows: list[Row] = [
-        ratio(samples, f"{kind}, {many} rows", f"{kind}, {few} rows", bar=4.4 if kind == PACKED else None)
+        ratio(
+            samples, f"{kind}, {many} rows{where}", f"{kind}, {few} rows{where}", bar=4.4 if kind == PACKED else None
+        )
         for kind in (PACKED, PADDED)
     ]
     notes = []
     for count in counts:
-        ours, theirs = f"{PACKED}, {count} rows", f"{PADDED}, {count} rows"
+        ours, theirs = f"{PACKED}, {count} rows{where}", f"{PADDED}, {count} rows{where}"
         rows.append(ratio(samples, ours, theirs, bar=0.5 if count == many else None))
         peaks = [a["peak"] / b["peak"] for a, b in zip(results[ours], results[theirs], strict=True)]
         rows.append(summary(f"peak memory: {ours}", theirs, peaks, bar=1.0))
@@ -146,10 +153,24 @@ def run(quick: bool) -> Table:
         )
         shape = results[ours][0]["shape"]
         notes.append(
-            f"{count} rows, logits {shape}: {'identical' if same else 'NOT identical'} bits; {memory} at most"
+            f"{count} rows{where}, logits {shape}: {'identical' if same else 'NOT identical'} bits; {memory} at most"
         )
-    return Table(f"Evaluation: predict over {few} to {many} rows", rows, notes)
+    return rows, notes
+
+
+def run(quick: bool) -> Table:
+    """Predict 5,000, 10,000 and 20,000 rows in both ways, in one process and in two."""
+    counts, repeats = ((500, 1000, 2000), 2) if quick else ((5000, 10000, 20000), 3)
+    rows: list[Row] = []
+    notes: list[str] = []
+    for processes in (1, 2):
+        # What grows with the square of the rows takes minutes: in two processes, once.
+        more_rows, more_notes = compare(counts, repeats if processes == 1 else 1, processes)
+        rows += more_rows
+        notes += more_notes
+    return Table(f"Evaluation: predict over {counts[0]} to {counts[-1]} rows", rows, notes)
 
 
 if __name__ == "__main__":
-    print(json.dumps(predict(sys.argv[1], int(sys.argv[2]))))
+    # In one piece: several processes share the pipe.
+    sys.stdout.write(json.dumps(predict(sys.argv[1], int(sys.argv[2]))) + "\n")
