@@ -59,7 +59,8 @@ def prepare_input(original: Function, patch: Patch) -> Function:
             # What the property `n_gpu` returns, which takes longer than a tensor that need not move.
             if getattr(arguments, "_n_gpu", 1) > 1:
                 raise ValueError(_DATA_PARALLEL.format(arguments.n_gpu))
-            if not upstream or getattr(prepare, "__func__", None) is not _prepare_input or trainer.is_deepspeed_enabled:
+            direct = upstream and getattr(prepare, "__func__", None) is _prepare_input
+            if not direct or trainer.is_deepspeed_enabled:
                 return with_data(packed, prepare(packed.data))
             tensor, device = packed.data, arguments.device
             return with_data(packed, tensor if tensor.device == device else tensor.to(device))
