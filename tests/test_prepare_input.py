@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import types
 from collections import OrderedDict, UserDict
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from transformers import BatchEncoding, BatchFeature, Trainer
 
+import hf_packfix
 from tests.oracle import stock
 
 META = torch.device("meta")
@@ -102,6 +105,26 @@ def test_a_subclass_that_handles_tensors_handles_data():
 
     moved = bare_trainer(cls=Doubling)._prepare_input({"x": [some_pack()]})["x"][0]
     assert torch.equal(moved.data, 2 * some_pack().data)
+
+
+@pytest.mark.parametrize("where", ["class, before us", "class, after us", "instance"])
+def test_a_wrapper_that_handles_tensors_handles_data(monkeypatch, where):
+    trainer = bare_trainer()
+    owner = trainer if where == "instance" else Trainer
+    with stock() if where == "class, before us" else contextlib.nullcontext():
+        inner = Trainer._prepare_input
+
+        def doubling(self, data):
+            return inner(self, data * 2 if isinstance(data, torch.Tensor) else data)
+
+        monkeypatch.setattr(
+            owner, "_prepare_input", types.MethodType(doubling, owner) if owner is trainer else doubling
+        )
+    moved = trainer._prepare_input([some_pack()])[0]
+    assert torch.equal(moved.data, 2 * some_pack().data)
+    hf_packfix.disable()
+    monkeypatch.undo()
+    hf_packfix.enable()
 
 
 @pytest.mark.parametrize("mapping", [dict, OrderedDict, UserDict, BatchEncoding, BatchFeature])
