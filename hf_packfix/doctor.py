@@ -165,7 +165,8 @@ def _load_lazy(module: ModuleType) -> Iterator[str]:
             try:
                 getattr(module, name)
             except Exception as error:
-                yield f"{module.__name__}.{name} cannot be loaded: {type(error).__name__}: {error}"
+                message = " ".join(str(error).split())
+                yield f"{module.__name__}.{name} cannot be loaded: {type(error).__name__}: {message}"
 
 
 def _reasons() -> dict[str, str]:

@@ -360,7 +360,7 @@ def test_doctor_says_what_it_could_not_import(installed, tmp_path):
     (tmp_path / "lazy/__init__.py").write_text(
         "def __dir__(): return ['SomeTrainer', 'OtherTrainer', 'other']\n"
         "def __getattr__(name):\n"
-        "    if name == 'OtherTrainer': raise ImportError('needs more')\n"
+        "    if name == 'OtherTrainer': raise ImportError('needs\\nmore')\n"
         "    if name != 'SomeTrainer': raise AttributeError(name)\n"
         "    from lazy.some import SomeTrainer\n"
         "    return SomeTrainer\n"

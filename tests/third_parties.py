@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tests.installed import Environment  # noqa: E402
 NEWEST = matrix.TESTED[-1]
 PACKAGES = {"trl": "1.16.0", "sentence-transformers": "6.2.0"}
 NEEDS = [f"transformers=={NEWEST['transformers']}", "wrapt", "importlib-metadata", "packaging"]
-NEEDS += ["datasets", "scikit-learn", "scipy"]
+NEEDS += ["datasets", "psutil", "scikit-learn", "scipy"]
 #: They ask for torch, and would bring one of their own.
 ALONE = [f"accelerate=={NEWEST['accelerate']}", *(f"{name}=={version}" for name, version in PACKAGES.items())]
 
@@ -52,11 +53,13 @@ TRAINERS = {
 }
 
 
-def environment(cache: Path) -> Environment:
+def environment(cache: Path, directory: Path) -> Environment:
     """Return a new virtual environment with this project's wheel, torch and the packages."""
-    base, target = matrix.interpreter(cache), matrix.fill(cache, "third-parties", NEEDS, ALONE)
+    base = matrix.interpreter(cache)
+    # Under that name: dill, with which `datasets` takes fingerprints, pickles modules elsewhere by their contents.
+    target = matrix.fill(cache, "third-parties/site-packages", NEEDS, ALONE)
     (torch,) = base.parents[1].glob("[Ll]ib/**/site-packages")
-    fresh = Environment(Path(tempfile.mkdtemp(prefix="hf_packfix_third_parties_")) / "venv").unpack()
+    fresh = Environment(directory / "venv").unpack()
     fresh.write("zz_shared.pth", f"{target}\n{torch}\n")
     return fresh
 
@@ -88,7 +91,13 @@ def check_doctor(fresh: Environment) -> list[tuple[str, str, bool]]:
     imports = [word for module in TRAINERS for word in ("--import", module)]
     done = fresh.run("-m", "hf_packfix", "doctor", "--json", *imports, env={"HF_HUB_OFFLINE": "1"}, variable="1")
     report = json.loads(done.stdout) if done.stdout else {"problems": [done.stderr], "trainers": {}}
-    rows = [("doctor", f"{len(report['trainers'])} Trainers; problems: {report['problems'] or 'none'}", not done.returncode)]
+    rows = [
+        (
+            "doctor",
+            f"{len(report['trainers'])} Trainers; problems: {report['problems'] or 'none'}",
+            not done.returncode,
+        )
+    ]
     for module, expected in TRAINERS.items():
         found = {name: report["trainers"].get(name) for name in expected}
         rows.append((f"doctor --import {module}", json.dumps(found), found == expected))
@@ -97,10 +106,10 @@ def check_doctor(fresh: Environment) -> list[tuple[str, str, bool]]:
 
 def check_training(fresh: Environment) -> list[tuple[str, str, bool]]:
     """Train on packed and on padded batches, with the plugin and without."""
-    packed = outcomes(fresh, "1", "packed", [*PACKED])
-    stock = outcomes(fresh, "0", "packed", [*PACKED])
-    padded = outcomes(fresh, "0", "padded", [*PACKED, *ORDINARY])
-    padded_on = outcomes(fresh, "1", "padded", [*PACKED, *ORDINARY])
+    every = [*PACKED, *ORDINARY]
+    runs = [("1", "packed", [*PACKED]), ("0", "packed", [*PACKED]), ("1", "padded", every), ("0", "padded", every)]
+    with ThreadPoolExecutor(2) as pool:
+        packed, stock, padded_on, padded = pool.map(lambda run: outcomes(fresh, *run), runs)
     rows = []
     for name, error in PACKED.items():
         text = packed[name] if isinstance(packed[name], str) else f"train loss {packed[name][-2]['train_loss']:.6f}"
@@ -119,8 +128,9 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=matrix.CACHE)
     cache = parser.parse_args().cache
     cache.mkdir(parents=True, exist_ok=True)
-    fresh = environment(cache)
-    rows = [*check_doctor(fresh), *check_training(fresh)]
+    with tempfile.TemporaryDirectory(prefix="hf_packfix_third_parties_") as directory:
+        fresh = environment(cache, Path(directory))
+        rows = [*check_doctor(fresh), *check_training(fresh)]
     print(", ".join(f"{name} {version}" for name, version in {**NEWEST, **PACKAGES}.items()))
     for name, text, good in rows:
         print(f"{'as expected' if good else 'NOT SO':<13}{name:<38}{text}")

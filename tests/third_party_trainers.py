@@ -31,7 +31,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 VOCABULARY, HIDDEN, PAD = 12, 8, 0
 TEXTS = ["3 4", "5 6 7 8 9", "4", "9 8 7", "3 3 4 5", "6 5 4 3 9 8"] * 2
 COMMON: dict[str, Any] = {
-    "max_steps": 3,
+    "max_steps": 2,
     "per_device_train_batch_size": 2,
     "per_device_eval_batch_size": 4,
     "gradient_accumulation_steps": 2,
