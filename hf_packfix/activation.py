@@ -28,6 +28,7 @@ _lock = threading.RLock()
 _activated_by: str | None = None
 _why_inactive = "hf_packfix.enable() was not called"
 _hooked: set[str] = set()
+_failures: set[str] = set()
 _announced = False
 
 
@@ -168,8 +169,13 @@ def module_loaded(module: ModuleType) -> None:
         with _lock:
             if _activated_by is not None and "torch" in sys.modules:
                 _put_on(p for p in _patches() if module.__name__ in (p.module, "torch"))
-    except Exception:
-        logger.warning("could not patch %s", module.__name__, exc_info=True)
+    except Exception as error:
+        logger.debug("could not patch %s", module.__name__, exc_info=True)
+        # Once: what is wrong with us fails in the hook of every module.
+        if repr(error) not in _failures:
+            _failures.add(repr(error))
+            message = " ".join(str(error).split())
+            _log_warning(f"hf_packfix could not patch {module.__name__}: {type(error).__name__}: {message}")
 
 
 def _enable(activated_by: str, *, force: bool, tell: Callable[[str], None] = warn_once) -> None:
@@ -208,7 +214,7 @@ def _put_on(patches: Iterable[Patch]) -> None:
             continue
         logger.debug("%s: %s%s", after.target, after.state, f" ({after.detail})" if after.detail else "")
         if after.state == "refused":
-            _log_warning(f"{after.target} is not patched: {after.detail}")
+            _log_warning(f"hf_packfix does not patch {after.target}: {after.detail}")
     if not _announced:
         _announce()
 

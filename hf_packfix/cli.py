@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODULE",
         action="append",
         default=[],
-        help="import a module and list every Trainer subclass with the patched methods it overrides (repeatable)",
+        help="import a module and list every Trainer subclass with the patched methods it overrides, and whether they "
+        "call super() (repeatable)",
     )
     doctor.add_argument("--json", dest="as_json", action="store_true", help="for machines")
 

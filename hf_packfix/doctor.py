@@ -6,11 +6,13 @@ import base64
 import dataclasses
 import hashlib
 import importlib
+import inspect
 import json
 import platform
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import CodeType, ModuleType
 from typing import Any
 
 from hf_packfix.activation import Status, status
@@ -20,6 +22,8 @@ from hf_packfix.switch import ACCEPTED, VARIABLE, switch, value
 
 __all__ = ["run"]
 
+#: Whose methods are patched.
+TRAINERS = ("Trainer", "Seq2SeqTrainer")
 STARTUP_FILES = ("hf_packfix_auto.pth", "hf_packfix_auto.start", "_hf_packfix_boot.py")
 
 
@@ -33,7 +37,8 @@ class Report:
         variable: the value of ``HF_PACKFIX``; None where it is unset.
         startup_files: for each start-up file its path, and "intact", "changed" or "missing".
         status: where the plugin and each patch stand.
-        trainers: for each Trainer subclass of the imported modules, the patched methods it overrides.
+        trainers: for each Trainer subclass of the imported modules, the patched methods it overrides, and whether
+            each of them calls ``super()``.
         selftest: "passed", "skipped: ..." or "failed: ...".
         problems: what keeps the plugin from working; empty where it is healthy.
         warnings: what may surprise a user.
@@ -44,7 +49,7 @@ class Report:
     variable: str | None
     startup_files: dict[str, str]
     status: Status
-    trainers: dict[str, list[str]]
+    trainers: dict[str, dict[str, bool]]
     selftest: str
     problems: list[str]
     warnings: list[str]
@@ -91,14 +96,25 @@ def examine(modules: Sequence[str]) -> Report:
         if failure is not None:
             problems.append(f"the self-test failed: {failure}")
         importlib.import_module("transformers.trainer_seq2seq")  # so that its patches are not pending
-    trainers: dict[str, list[str]] = {}
+    trainers: dict[str, dict[str, bool]] = {}
     for name in modules:
         try:
             module = importlib.import_module(name)
         except Exception as error:
             problems.append(f"--import {name}: {type(error).__name__}: {error}")
-        else:
-            trainers.update(_trainers(module.__name__))
+            continue
+        warnings += _load_lazy(module)
+        found = _trainers(name)
+        if not found:
+            warnings.append(f"--import {name}: found no Trainer subclass; name the module that defines it")
+        trainers.update(found)
+    for method, reason in _reasons().items():
+        without = [name for name, methods in trainers.items() if methods.get(method) is False]
+        if without:
+            warnings.append(
+                f"{method} does not call super() in {', '.join(without)}, which is without what hf_packfix does in "
+                f"Trainer.{method}: {reason}"
+            )
 
     now = status()
     if not now.enabled and asks != "off":
@@ -142,25 +158,55 @@ def _startup_files() -> Iterator[tuple[str, str]]:
         yield str(path), "intact" if intact else "changed"
 
 
-def _trainers(package: str) -> dict[str, list[str]]:
+def _load_lazy(module: ModuleType) -> Iterator[str]:
+    """Load the Trainers that a module lists and loads when they are asked for, as trl does; yield what fails."""
+    for name in dir(module):
+        if name.endswith("Trainer") and name not in vars(module):
+            try:
+                getattr(module, name)
+            except Exception as error:
+                message = " ".join(str(error).split())
+                yield f"{module.__name__}.{name} cannot be loaded: {type(error).__name__}: {message}"
+
+
+def _reasons() -> dict[str, str]:
+    """Return the patched methods of the Trainers, each with the reason."""
+    return {p.path.split(".")[1]: p.reason for p in reversed(PATCHES) if p.path.split(".")[0] in TRAINERS}
+
+
+def _trainers(package: str) -> dict[str, dict[str, bool]]:
     """Return the Trainer subclasses of a module and its submodules, with the patched methods they override."""
     from transformers import Trainer
 
-    patched = {patch.path.split(".")[1] for patch in PATCHES if patch.path.startswith(("Trainer.", "Seq2SeqTrainer."))}
-    found: dict[str, list[str]] = {}
+    patched = _reasons()
+    found: dict[str, dict[str, bool]] = {}
     waiting: list[type[Any]] = [Trainer]
     while waiting:
         cls = waiting.pop()
         waiting.extend(cls.__subclasses__())
         # A class of another module counts where this one shows it, as scripts do that import theirs.
-        shown = getattr(sys.modules[package], cls.__name__, None) is cls
+        shown = vars(sys.modules[package]).get(cls.__name__) is cls
         if (
             (shown and not cls.__module__.startswith("transformers."))
             or cls.__module__ == package
             or cls.__module__.startswith(f"{package}.")
         ):
-            found[f"{cls.__module__}.{cls.__qualname__}"] = sorted(patched & set(vars(cls)))
+            overridden = sorted(patched.keys() & vars(cls).keys())
+            found[f"{cls.__module__}.{cls.__qualname__}"] = {name: _calls_super(cls, name) for name in overridden}
     return dict(sorted(found.items()))
+
+
+def _calls_super(cls: type[Any], method: str) -> bool:
+    """Tell whether a class's own method hands over to that of a parent: read from the names in its code."""
+    names: set[str] = set()
+    waiting = [getattr(inspect.unwrap(vars(cls)[method]), "__code__", None)]
+    while waiting:
+        code = waiting.pop()
+        if isinstance(code, CodeType):
+            names.update(code.co_names)
+            waiting.extend(code.co_consts)
+    # The name of the method alone could be a call of itself, which the original makes for what is nested.
+    return method in names and not names.isdisjoint({"super", *(base.__name__ for base in cls.__mro__[1:])})
 
 
 def _text(report: Report) -> str:
@@ -174,8 +220,10 @@ def _text(report: Report) -> str:
         *(f"  {state:<10} {path}" for path, state in report.startup_files.items()),
     ]
     if report.trainers:
-        lines += ["", "Trainer subclasses, and the patched methods they override (each must call super()):"]
-        lines += [f"  {name}: {', '.join(methods) or 'none'}" for name, methods in report.trainers.items()]
+        lines += ["", "Trainer subclasses, and the patched methods they override:"]
+        for name, methods in report.trainers.items():
+            told = [f"{key} ({'calls' if calls else 'does not call'} super())" for key, calls in methods.items()]
+            lines.append(f"  {name}: {', '.join(told) or 'none'}")
     lines += ["", f"self-test (a packed batch through train and evaluate): {report.selftest}"]
     lines += [f"warning: {text}" for text in report.warnings]
     lines += [f"problem: {text}" for text in report.problems]

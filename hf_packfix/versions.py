@@ -52,7 +52,7 @@ class Conflict:
     Attributes:
         package: name of the distribution.
         required: the oldest supported version.
-        found: the installed version; None where the package is not installed.
+        found: the installed version; None where the package is not installed, or says nothing of its version.
     """
 
     package: str
@@ -62,8 +62,8 @@ class Conflict:
     def __str__(self) -> str:
         if self.found is None:
             return (
-                f"hf_packfix needs {self.package} >= {self.required}, but {self.package} is not installed; "
-                f"install it with: pip install '{self.package}>={self.required}'"
+                f"hf_packfix needs {self.package} >= {self.required}, but {self.package} is not installed, or its "
+                f"metadata is damaged; install it with: pip install '{self.package}>={self.required}'"
             )
         return (
             f"hf_packfix needs {self.package} >= {self.required}, but found {self.package} {self.found}; upgrade "
@@ -78,7 +78,8 @@ def found(package: str) -> str | None:
 
     try:
         version: str | None = importlib_metadata.version(package)
-    except (importlib_metadata.PackageNotFoundError, KeyError):
+    # Besides the first: a file without a version, one that is not UTF-8, one that cannot be read.
+    except (importlib_metadata.PackageNotFoundError, KeyError, ValueError, OSError):
         return None
     return version
 

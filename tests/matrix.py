@@ -51,6 +51,9 @@ PARTS = {
     "conformance": ["conformance", "drift"],
 }
 
+#: Where the environments are by default.
+CACHE = Path(tempfile.gettempdir()) / "hf_packfix_matrix"
+
 #: What the tests import besides the pair itself.
 TOOLS = ["hypothesis", "optuna", "psutil", "pytest", "pytest-timeout"]
 
@@ -117,16 +120,28 @@ def closure(name: str) -> list[Distribution]:
 
 def install(pair: dict[str, str], cache: Path) -> Path:
     """Return a folder with the pair and its requirements, filled unless it is there."""
-    target = cache / "-".join(pair.values())
-    complete, asked = target / "complete.json", [requirements(pair), pair]
+    # accelerate without its requirements, of which torch is the one that is missing: it would bring one of its own.
+    return fill(cache, "-".join(pair.values()), requirements(pair), [f"accelerate=={pair['accelerate']}"])
+
+
+def fill(cache: Path, name: str, needs: list[str], alone: list[str]) -> Path:
+    """Return a folder with what pip installs, unless it is there.
+
+    Args:
+        cache: where the folder is, or will be.
+        name: of the folder.
+        needs: requirements, installed with their own.
+        alone: requirements that are installed without theirs.
+    """
+    target = cache / name
+    complete, asked = target / "complete.json", [needs, alone]
     if complete.exists() and json.loads(complete.read_text(encoding="utf-8")) == asked:
         return target
     # `--python`: what is installed here has no say in what fits there.
     pip = [sys.executable, "-m", "pip", "--python", str(interpreter(cache)), "install", "--quiet", "--upgrade"]
     pip += ["--target", str(target)]
-    subprocess.run([*pip, *requirements(pair)], check=True)
-    # Without its requirements, of which torch is the one that is missing: it would bring a torch of its own.
-    subprocess.run([*pip, "--no-deps", f"accelerate=={pair['accelerate']}"], check=True)
+    subprocess.run([*pip, *needs], check=True)
+    subprocess.run([*pip, "--no-deps", *alone], check=True)
     complete.write_text(json.dumps(asked), encoding="utf-8")
     return target
 
@@ -161,7 +176,7 @@ def main() -> int:
     parser.add_argument("versions", nargs="*", metavar="VERSION", help=f"of {', '.join(known)}; all by default")
     parser.add_argument("--part", choices=list(PARTS), default="behaviour")
     parser.add_argument("--jobs", type=int, default=2, help="how many versions to test at a time")
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "hf_packfix_matrix")
+    parser.add_argument("--cache", type=Path, default=CACHE)
     options = parser.parse_args()
     for version in options.versions:
         if version not in known:

@@ -312,18 +312,67 @@ def test_doctor_sees_damaged_start_up_files(installed):
         path.write_bytes(whole)
 
 
+MINE = """
+import functools
+from transformers import Trainer, Seq2SeqTrainer
+
+def logged(method):
+    @functools.wraps(method)
+    def logs(*args, **kwargs):
+        return method(*args, **kwargs)
+    return logs
+
+class A(Trainer):
+    def prediction_step(self, *args, **kwargs): pass
+    def other(self): pass
+class B(A):
+    # As the original does for what is nested: a call of itself is no call of super().
+    def _prepare_input(self, data): return [self._prepare_input(item) for item in data]
+class C(Seq2SeqTrainer): pass
+class D(C):
+    @logged
+    def prediction_step(self, *args, **kwargs): return super().prediction_step(*args, **kwargs)
+    def floating_point_ops(self, inputs): return [Trainer.floating_point_ops(self, i) for i in [inputs]][0]
+"""
+
+
 def test_doctor_lists_what_trainers_override(installed, tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "from transformers import Trainer, Seq2SeqTrainer\n"
-        "class A(Trainer):\n    def prediction_step(self, *a, **k): pass\n    def other(self): pass\n"
-        "class B(A):\n    def _prepare_input(self, data): return data\n"
-        "class C(Seq2SeqTrainer): pass\n"
-    )
+    (tmp_path / "mine.py").write_text(MINE)
     status, report = doctor(installed, "--import", "mine", env={"PYTHONPATH": str(tmp_path)})
     assert status == 0
-    assert report["trainers"] == {"mine.A": ["prediction_step"], "mine.B": ["_prepare_input"], "mine.C": []}
-    status, report = doctor(installed, "--import", "no_such_module")
+    assert report["trainers"] == {
+        "mine.A": {"prediction_step": False},
+        "mine.B": {"_prepare_input": False},
+        "mine.C": {},
+        "mine.D": {"floating_point_ops": True, "prediction_step": True},
+    }
+    moves, predicts = sorted(report["warnings"])
+    assert moves.startswith("_prepare_input does not call super() in mine.B, which is without what hf_packfix does")
+    assert predicts.startswith("prediction_step does not call super() in mine.A, ")
+    text = installed.run("-m", "hf_packfix", "doctor", "--import", "mine", env={"PYTHONPATH": str(tmp_path)})
+    assert "  mine.A: prediction_step (does not call super())\n" in text.stdout
+    assert "  mine.C: none\n" in text.stdout
+
+
+def test_doctor_says_what_it_could_not_import(installed, tmp_path):
+    # A package that loads its Trainers when they are asked for, as trl does; one of them cannot be.
+    (tmp_path / "lazy").mkdir()
+    (tmp_path / "lazy/__init__.py").write_text(
+        "def __dir__(): return ['SomeTrainer', 'OtherTrainer', 'other']\n"
+        "def __getattr__(name):\n"
+        "    if name == 'OtherTrainer': raise ImportError('needs\\nmore')\n"
+        "    if name != 'SomeTrainer': raise AttributeError(name)\n"
+        "    from lazy.some import SomeTrainer\n"
+        "    return SomeTrainer\n"
+    )
+    (tmp_path / "lazy/some.py").write_text("from transformers import Trainer\nclass SomeTrainer(Trainer): pass\n")
+    status, report = doctor(installed, "--import", "lazy", env={"PYTHONPATH": str(tmp_path)})
+    assert (status, report["trainers"]) == (0, {"lazy.some.SomeTrainer": {}})
+    assert report["warnings"] == ["lazy.OtherTrainer cannot be loaded: ImportError: needs more"]
+
+    status, report = doctor(installed, "--import", "json", "--import", "no_such_module")
     assert status == 1
+    assert report["warnings"] == ["--import json: found no Trainer subclass; name the module that defines it"]
     assert "--import no_such_module: ModuleNotFoundError" in report["problems"][0]
 
 

@@ -20,7 +20,7 @@ ON = ["1", "true", "YES", " On ", "force"]
 OFF = ["0", "False", "no", " OFF"]
 MODULES = "import sys; print(sorted(sys.modules))"
 
-FAKE_PACKAGE = "import sys\nsys.modules.setdefault('log', []).append('hf_packfix')\n"
+FAKE_PACKAGE = "import sys\nsys.modules.setdefault('log', []).append('hf_packfix')\n__version__ = '0'\n"
 FAKE_TRANSFORMERS = "import sys\nsys.modules.setdefault('log', []).append('transformers')\nfrom . import trainer\n"
 USES = """
 import sys
@@ -225,13 +225,6 @@ def test_a_fault_is_one_line_on_stderr(environment, tmp_path, fault):
 )
 def test_a_damaged_start_up_file_stops_nothing(environment, tmp_path, name, content):
     result = broken(environment, tmp_path, lambda e: e.write(name, content))
-    assert (result.stdout, result.returncode) == ("ran\n", 0)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-@pytest.mark.parametrize("name", ["_hf_packfix_boot.py", "hf_packfix_auto.pth"])
-def test_an_unreadable_start_up_file_stops_nothing(environment, tmp_path, name):
-    result = broken(environment, tmp_path, lambda e: (e.site / name).chmod(0))
     assert (result.stdout, result.returncode) == ("ran\n", 0)
 
 

@@ -110,7 +110,8 @@ def _activate() -> None:
     global activating
     activating = True
     try:
-        import hf_packfix  # noqa: F401
+        # By name: a folder that an uninstallation left behind can be imported, and does nothing.
+        from hf_packfix import __version__  # noqa: F401
     # Whatever is wrong with us, the program that imports transformers must not notice.
     except (Exception, SystemExit) as error:
         _say(f"not activated: {type(error).__name__}: {error}")

@@ -1,0 +1,141 @@
+"""Train Trainers of other packages, as they are, on packed batches, and compare with padded ones.
+
+    python tests/third_parties.py [--cache DIR]
+
+Installs the packages once into a folder, as ``tests/matrix.py`` does, and the wheel of this project beside them. What
+is trained stands in ``tests/third_party_trainers.py``, which does not turn hf_packfix on: the variable ``HF_PACKFIX``
+does. Exits with 1 where the doctor or a Trainer does not say what is expected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests import matrix  # noqa: E402
+from tests.installed import Environment  # noqa: E402
+
+NEWEST = matrix.TESTED[-1]
+PACKAGES = {"trl": "1.16.0", "sentence-transformers": "6.2.0"}
+NEEDS = [f"transformers=={NEWEST['transformers']}", "wrapt", "importlib-metadata", "packaging"]
+NEEDS += ["datasets", "psutil", "scikit-learn", "scipy"]
+#: They ask for torch, and would bring one of their own.
+ALONE = [f"accelerate=={NEWEST['accelerate']}", *(f"{name}=={version}" for name, version in PACKAGES.items())]
+
+STOCK = "AssertionError: Expected data to be a list or tuple of length 2"
+#: What becomes of packed batches, by the name of the program: None where they train as padded ones do, otherwise the
+#: error that the README's limits tell of.
+PACKED = {
+    "sft": None,
+    "sft_all_packed": "TypeError: tuple indices must be integers or slices, not tuple",
+    "reward": None,
+    "sentences": None,
+}
+#: What has no packed batches: they must come out the same to the last digit.
+ORDINARY = ["dpo"]
+
+#: What the doctor must find in each package: a Trainer, and its methods that are patched and call ``super()`` or not.
+TRAINERS = {
+    "trl": {"trl.trainer.sft_trainer.SFTTrainer": {"prediction_step": False}},
+    "sentence_transformers": {
+        "sentence_transformers.base.trainer.BaseTrainer": {"evaluation_loop": True},
+        "sentence_transformers.sentence_transformer.trainer.SentenceTransformerTrainer": {},
+    },
+}
+
+
+def environment(cache: Path, directory: Path) -> Environment:
+    """Return a new virtual environment with this project's wheel, torch and the packages."""
+    base = matrix.interpreter(cache)
+    # Under that name: dill, with which `datasets` takes fingerprints, pickles modules elsewhere by their contents.
+    target = matrix.fill(cache, "third-parties/site-packages", NEEDS, ALONE)
+    (torch,) = base.parents[1].glob("[Ll]ib/**/site-packages")
+    fresh = Environment(directory / "venv").unpack()
+    fresh.write("zz_shared.pth", f"{target}\n{torch}\n")
+    return fresh
+
+
+def outcomes(fresh: Environment, variable: str, layout: str, names: list[str]) -> dict[str, Any]:
+    """Return what the programs logged, or raised, by name."""
+    program = str(ROOT / "tests/third_party_trainers.py")
+    done = fresh.run(
+        program, layout, *names, variable=variable, env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, timeout=600
+    )
+    if done.returncode:
+        raise SystemExit(f"{program} {layout}, HF_PACKFIX={variable}:\n{done.stdout}\n{done.stderr}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def agree(found: Any, expected: Any, tolerance: float) -> bool:
+    """Tell whether two outcomes are equal: the same entries, with numbers up to a tolerance."""
+    if not isinstance(found, list) or not isinstance(expected, list) or len(found) != len(expected):
+        return False
+    return all(
+        a.keys() == b.keys() and all(math.isclose(a[k], b[k], rel_tol=tolerance, abs_tol=tolerance) for k in a)
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def check_doctor(fresh: Environment) -> list[tuple[str, str, bool]]:
+    """Ask the doctor for the Trainers of each package."""
+    imports = [word for module in TRAINERS for word in ("--import", module)]
+    done = fresh.run("-m", "hf_packfix", "doctor", "--json", *imports, env={"HF_HUB_OFFLINE": "1"}, variable="1")
+    report = json.loads(done.stdout) if done.stdout else {"problems": [done.stderr], "trainers": {}}
+    rows = [
+        (
+            "doctor",
+            f"{len(report['trainers'])} Trainers; problems: {report['problems'] or 'none'}",
+            not done.returncode,
+        )
+    ]
+    for module, expected in TRAINERS.items():
+        found = {name: report["trainers"].get(name) for name in expected}
+        rows.append((f"doctor --import {module}", json.dumps(found), found == expected))
+    return rows
+
+
+def check_training(fresh: Environment) -> list[tuple[str, str, bool]]:
+    """Train on packed and on padded batches, with the plugin and without."""
+    every = [*PACKED, *ORDINARY]
+    runs = [("1", "packed", [*PACKED]), ("0", "packed", [*PACKED]), ("1", "padded", every), ("0", "padded", every)]
+    with ThreadPoolExecutor(2) as pool:
+        packed, stock, padded_on, padded = pool.map(lambda run: outcomes(fresh, *run), runs)
+    rows = []
+    for name, error in PACKED.items():
+        text = packed[name] if isinstance(packed[name], str) else f"train loss {packed[name][-2]['train_loss']:.6f}"
+        good = packed[name] == error if error else agree(packed[name], padded[name], 1e-5)
+        rows.append((f"{name}, packed", text, good))
+        rows.append((f"{name}, packed, off", str(stock[name]), stock[name] == STOCK))
+    for name, expected in padded.items():
+        text = expected if isinstance(expected, str) else f"train loss {expected[-2]['train_loss']:.6f}"
+        rows.append((f"{name}, padded, on as off", text, agree(padded_on[name], expected, 0.0)))
+    return rows
+
+
+def main() -> int:
+    """Run, print the table, and return 1 where something is not as expected."""
+    parser = argparse.ArgumentParser(description="train Trainers of other packages on packed batches")
+    parser.add_argument("--cache", type=Path, default=matrix.CACHE)
+    cache = parser.parse_args().cache
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="hf_packfix_third_parties_") as directory:
+        fresh = environment(cache, Path(directory))
+        rows = [*check_doctor(fresh), *check_training(fresh)]
+    print(", ".join(f"{name} {version}" for name, version in {**NEWEST, **PACKAGES}.items()))
+    for name, text, good in rows:
+        print(f"{'as expected' if good else 'NOT SO':<13}{name:<38}{text}")
+    return int(not all(good for _, _, good in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
