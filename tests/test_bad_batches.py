@@ -258,6 +258,18 @@ def test_a_trainer_names_what_is_wrong(tmp_path, model, key, fault, run):
     assert str(caught.value).startswith(f"'{key}' in the batch: ") or (run != "train" and key == "input_ids")
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(rows(6))
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_the_dispatcher_of_a_stream_names_what_is_wrong(tmp_path, fault):
+    trainer = new_trainer(tmp_path, Tagger, Stream(), spoiling("input_ids", fault), max_steps=1)
+    with pytest.raises(ValueError, match="this PackedSequence is inconsistent"):
+        trainer.train()
+
+
 def test_torch_itself_says_nothing():
     # Why the Trainer's batches are looked at: otherwise these train, on the wrong rows.
     gru = torch.nn.GRU(1, 2)
