@@ -25,6 +25,17 @@ logger = logging.getLogger("hf_packfix")
 
 # Reentrant: putting on a patch imports torch, whose import may fire another of our import hooks.
 _lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+# Another thread may hold the lock while this one forks; in the child nobody would ever release it.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
 _activated_by: str | None = None
 _why_inactive = "hf_packfix.enable() was not called"
 _hooked: set[str] = set()

@@ -134,6 +134,12 @@ def _is_left_out(value: Any) -> bool:
 
 
 def _tensor(value: Any, key: str, row: int) -> Tensor:
+    if isinstance(value, PackedSequence):
+        # torch would read its four fields as rows of numbers, where they have one shape.
+        raise ValueError(
+            f"{key!r} of row {row} is a PackedSequence already: expected the steps of one sequence (list, array, "
+            f"tensor), of which the collator packs those of all rows"
+        )
     try:
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], np.ndarray):
             # torch reads a list of arrays element by element.

@@ -13,11 +13,34 @@ from numpy import ndarray
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["contains", "contains_namedtuple", "graft", "is_namedtuple", "rebuild", "replace"]
+from hf_packfix.packed import check
+
+__all__ = ["check_batch", "contains", "contains_namedtuple", "graft", "is_namedtuple", "rebuild", "replace"]
 
 # What a batch mostly holds. Asked for first, since whether something is a `Mapping`, an abstract class, takes
 # several times as long to find out; subclasses of these take that way.
 _LEAVES = frozenset({Tensor, ndarray, str, int, float, bool, type(None)})
+
+
+def check_batch(batch: Mapping[str, Any]) -> None:
+    """Raise where a PackedSequence in a batch contradicts itself; see :func:`hf_packfix.packed.check`.
+
+    Index tensors on another device than the CPU are taken as they are, so that no step waits for one.
+
+    Raises:
+        ValueError: naming the key and the fields.
+    """
+
+    def checked(packed: PackedSequence) -> PackedSequence:
+        check(packed, wait=False)
+        return packed
+
+    for key, value in batch.items():
+        if contains(value):
+            try:
+                replace(checked, value)
+            except ValueError as error:
+                raise ValueError(f"{key!r} in the batch: {error}") from None
 
 
 def contains(tree: Any) -> bool:

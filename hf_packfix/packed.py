@@ -22,6 +22,7 @@ __all__ = [
     "Countable",
     "PackedSequence",
     "batch_size",
+    "check",
     "concatenate",
     "from_flat",
     "lengths",
@@ -61,18 +62,28 @@ class Countable(PackedSequence):
 
 
 def batch_size(packed: PackedSequence) -> int:
-    """Return B, the number of sequences."""
-    batch_sizes = packed.batch_sizes
-    return int(batch_sizes[0]) if batch_sizes.numel() else 0
+    """Return B, the number of sequences.
+
+    Raises:
+        ValueError: the fields of ``packed`` contradict each other.
+    """
+    check(packed, wait=False)
+    return _batch_size(packed)
 
 
 def num_tokens(packed: PackedSequence) -> int:
-    """Return N, the number of real steps over all sequences; trailing dimensions do not count."""
+    """Return N, the number of real steps over all sequences; trailing dimensions do not count.
+
+    Raises:
+        ValueError: the fields of ``packed`` contradict each other.
+    """
+    check(packed, wait=False)
     return packed.data.shape[0]
 
 
 def lengths(packed: PackedSequence) -> Tensor:
     """Return the length of every sequence in original order: int64 ``[B]`` on the CPU."""
+    check(packed)
     by_rank = _lengths_by_rank(packed)
     return by_rank if packed.unsorted_indices is None else by_rank[packed.unsorted_indices.cpu()]
 
@@ -92,9 +103,9 @@ def pad(packed: PackedSequence, padding_value: float = 0.0, total_length: int | 
     steps = packed.batch_sizes.numel()
     if total_length is not None and total_length < steps:
         raise ValueError(f"total_length is {total_length}, but the longest sequence has {steps} steps")
-    shape = (batch_size(packed), steps if total_length is None else total_length, *packed.data.shape[1:])
+    shape = (_batch_size(packed), steps if total_length is None else total_length, *packed.data.shape[1:])
     rectangle = packed.data.new_full(shape, padding_value)
-    if num_tokens(packed) == 0:
+    if packed.data.shape[0] == 0:
         return rectangle
     # Written by index rather than with `pad_packed_sequence`: it keeps every dtype, bool included, goes
     # through autograd, and takes the same path for a `total_length`.
@@ -132,6 +143,8 @@ def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
 
 def same_packing(first: PackedSequence, second: PackedSequence) -> bool:
     """Tell whether row i of both ``data`` tensors is the same step of the same sequence."""
+    check(first, wait=False)
+    check(second, wait=False)
     if not torch.equal(first.batch_sizes, second.batch_sizes):
         return False
     if first.sorted_indices is None or second.sorted_indices is None:
@@ -145,6 +158,7 @@ def to_flat(packed: PackedSequence) -> tuple[Tensor, Tensor]:
     Returns:
         ``flat`` ``[N, *]`` on the device of ``data``, and ``lengths`` int64 ``[B]`` on the CPU.
     """
+    check(packed)
     return _gather(packed, _rank(packed))
 
 
@@ -193,7 +207,9 @@ def take(packed: PackedSequence, which: slice | Sequence[int]) -> PackedSequence
         packed: the sequences.
         which: a slice, or places; as with a tensor, a slice may reach past the end and may be empty.
     """
-    if isinstance(which, slice) and which.indices(batch_size(packed)) == (0, batch_size(packed), 1):
+    check(packed)
+    sequences = _batch_size(packed)
+    if isinstance(which, slice) and which.indices(sequences) == (0, sequences, 1):
         return packed
     rank = _rank(packed)
     chosen = rank[which] if isinstance(which, slice) else rank[torch.tensor(which, dtype=torch.int64)]
@@ -219,29 +235,64 @@ def concatenate(pieces: Sequence[PackedSequence]) -> PackedSequence:
     )
 
 
-def check(packed: PackedSequence) -> None:
+def check(packed: PackedSequence, *, wait: bool = True) -> None:
     """Raise where the fields contradict each other, before they turn into wrong numbers.
 
+    torch's own constructor and its recurrent layers look at none of this: they leave out the last rows of ``data``
+    where ``batch_sizes`` do not reach them, and give a row the state of another one.
+
+    Args:
+        packed: the sequences.
+        wait: look at index tensors that are not on the CPU, too, which waits for their device.
+
     Raises:
-        ValueError: ``batch_sizes`` do not sum to the rows of ``data``, increase, or fall below 1.
+        ValueError: ``batch_sizes`` are not int64 ``[T]``, do not sum to the rows of ``data``, increase, or fall below
+            1; there is one index tensor without the other, they are not int64 ``[B]``, or not the inverse
+            permutations of each other.
     """
-    sizes = packed.batch_sizes
-    if int(sizes.sum()) != packed.data.shape[0]:
-        raise ValueError(
-            f"this PackedSequence is inconsistent: its batch_sizes sum to {int(sizes.sum())}, but its data "
-            f"has {packed.data.shape[0]} rows; build it with torch.nn.utils.rnn.pack_sequence"
-        )
-    if sizes.numel() and (int(sizes[-1]) < 1 or bool((sizes[1:] > sizes[:-1]).any())):
-        raise ValueError(
-            f"this PackedSequence is inconsistent: its batch_sizes must not increase or fall below 1, found "
-            f"{sizes.tolist()}; build it with torch.nn.utils.rnn.pack_sequence"
-        )
+    data, batch_sizes, sorted_indices, unsorted_indices = packed
+    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
+        raise _inconsistent(f"its batch_sizes must be int64 [T], found {batch_sizes.dtype} {list(batch_sizes.shape)}")
+    # As lists, on which the few comparisons below take a fraction of what as many calls of torch would.
+    sizes: list[int] = batch_sizes.tolist()
+    rows = data.shape[0] if data.dim() else "no"
+    if sum(sizes) != rows:
+        raise _inconsistent(f"its batch_sizes sum to {sum(sizes)}, but its data has {rows} rows")
+    if sizes and (sizes[-1] < 1 or sizes != sorted(sizes, reverse=True)):
+        raise _inconsistent(f"its batch_sizes must not increase or fall below 1, found {sizes}")
+    if sorted_indices is None or unsorted_indices is None:
+        if sorted_indices is not unsorted_indices:
+            missing = "sorted_indices" if sorted_indices is None else "unsorted_indices"
+            raise _inconsistent(f"it has index tensors, but its {missing} are None")
+        return
+    sequences = sizes[0] if sizes else 0
+    for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
+        if indices.dtype != torch.int64 or indices.shape != (sequences,):
+            found = f"{indices.dtype} {list(indices.shape)}"
+            raise _inconsistent(f"its {name} must be int64 [{sequences}], one a sequence, found {found}")
+    if wait or (sorted_indices.is_cpu and unsorted_indices.is_cpu):
+        there, back = sorted_indices.tolist(), unsorted_indices.tolist()
+        # Of two maps of one finite set, that one undoes the other makes permutations of both.
+        if any(not 0 <= rank < sequences or there[rank] != place for place, rank in enumerate(back)):
+            raise _inconsistent(
+                f"its sorted_indices and unsorted_indices must be inverse permutations of each other, found "
+                f"{there} and {back}"
+            )
+
+
+def _inconsistent(what: str) -> ValueError:
+    return ValueError(f"this PackedSequence is inconsistent: {what}; build it with torch.nn.utils.rnn.pack_sequence")
+
+
+def _batch_size(packed: PackedSequence) -> int:
+    batch_sizes = packed.batch_sizes
+    return int(batch_sizes[0]) if batch_sizes.numel() else 0
 
 
 def _rank(packed: PackedSequence) -> Tensor:
     """Return, in original order, the place of every sequence in the sorted order: int64 ``[B]``, CPU."""
     if packed.unsorted_indices is None:
-        return torch.arange(batch_size(packed))
+        return torch.arange(_batch_size(packed))
     return packed.unsorted_indices.cpu()
 
 
@@ -249,13 +300,12 @@ def _lengths_by_rank(packed: PackedSequence) -> Tensor:
     """Return the lengths from the longest sequence down: int64 ``[B]``, CPU."""
     sizes = packed.batch_sizes
     # Sequence r is alive at step t while batch_sizes[t] > r, and batch_sizes never increase.
-    over = torch.searchsorted(sizes.flip(0), torch.arange(batch_size(packed)), right=True)
+    over = torch.searchsorted(sizes.flip(0), torch.arange(_batch_size(packed)), right=True)
     return sizes.numel() - over
 
 
 def _gather(packed: PackedSequence, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sequences of these ranks one after the other, and their lengths."""
-    check(packed)
     chosen = _lengths_by_rank(packed)[ranks]
     sequence, step = _group_and_place(chosen)
     first_rows = packed.batch_sizes.cumsum(0) - packed.batch_sizes

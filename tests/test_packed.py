@@ -96,7 +96,7 @@ def test_same_packing():
     pack = pack_sequence(pieces, enforce_sorted=False)
     assert packed.same_packing(pack, pack._replace(data=pack.data * 2))
     assert not packed.same_packing(pack, pack_sequence(pieces[:2], enforce_sorted=False))
-    swapped = pack._replace(sorted_indices=pack.sorted_indices.flip(0))
+    swapped = PackedSequence(pack.data, pack.batch_sizes, pack.sorted_indices.flip(0))
     assert not packed.same_packing(pack, swapped)
     in_order = pack_sequence([pieces[1], pieces[0]])
     explicit = PackedSequence(in_order.data, in_order.batch_sizes, torch.tensor([0, 1]))

@@ -8,12 +8,15 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 __all__ = ["Patch", "PatchStatus", "State", "patch"]
 
 State = Literal["applied", "pending", "not-needed", "not-applicable", "refused", "off"]
 Function = Callable[..., Any]
+
+#: The attribute of a wrapper that holds its patch: how a second copy of this package finds the first one's.
+_ATTRIBUTE = "_hf_packfix_patch"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,20 @@ class PatchStatus:
     def __str__(self) -> str:
         tail = f" ({self.detail})" if self.detail else ""
         return f"{self.state:<14} {self.target}{tail}\n{'':<14}   {self.reason}"
+
+
+class _Layer(NamedTuple):
+    """A wrapper that was put on.
+
+    Attributes:
+        owner: the class or module of the target at that time; a reload makes another class.
+        original: what was found there.
+        wrapper: what was put in its place.
+    """
+
+    owner: Any
+    original: Function
+    wrapper: Function
 
 
 class Patch:
@@ -70,9 +87,11 @@ class Patch:
         self._make = make
         self.parameters = parameters
         self.handled = handled
-        self._original: Function | None = None
-        self._wrapper: Function | None = None
+        # All there ever were: after a reload the class before it lives on in its subclasses, and somebody may put
+        # back a wrapper that he took away.
+        self._layers: list[_Layer] = []
         self._verdict: tuple[State, str] = ("pending", "")
+        self._judged: Function | None = None
 
     def __repr__(self) -> str:
         return f"<Patch {self.target}>"
@@ -83,15 +102,10 @@ class Patch:
         self.active = self._verdict[0] == "applied"
 
     def take_off(self) -> None:
-        """Put the very same original back; where somebody wrapped us, pass through and leave theirs."""
+        """Put the very same originals back; where somebody wrapped us, pass through and leave theirs."""
         self.active = False
-        if self._wrapper is None:
-            return
-        owner, name, current = _resolve(sys.modules.get(self.module), self.path)
-        for holder in _holders(owner, name, self._wrapper):
-            setattr(holder, name, self._original)
-        if current is self._wrapper:
-            self._original = self._wrapper = None
+        for layer in reversed(self._layers):
+            self._swap(layer, layer.wrapper, layer.original)
 
     def status(self, enabled: bool) -> PatchStatus:
         """Return where the patch stands, read from the target as it is now."""
@@ -102,58 +116,84 @@ class Patch:
         if self.overwritten():
             state = "refused"
             detail = f"{_name(current)} replaced it after activation; hf_packfix.enable() wraps again"
-        elif state == "applied" and current is not self._wrapper:
+        elif state == "applied" and not any(current is layer.wrapper for layer in self._layers):
             detail = f"wrapped in turn by {_name(current)}"
         return PatchStatus(self.target, self.reason, state, detail)
 
     def overwritten(self) -> bool:
-        """Tell whether the target was wrapped, and calling it no longer reaches the wrapper."""
-        current = self._current()
-        return self._verdict[0] == "applied" and (current is None or not self._reached_from(current))
+        """Tell whether what was found at activation was replaced by something that fails on a PackedSequence."""
+        state, current = self._verdict[0], self._current()
+        if state == "applied":
+            return current is None or not self._reached_from(current)
+        if state == "not-needed" and current is not self._judged:
+            return current is None or self.handled is None or not _succeeds(self.handled, current)
+        return False
 
     def _try_on(self) -> tuple[State, str]:
         module = sys.modules.get(self.module)
         if module is None:
             return "pending", ""
-        owner, name, current = _resolve(module, self.path)
+        for other in self._other_copies(self._current()):
+            other.take_off()
+        owner, _, current = _resolve(module, self.path)
         if current is None:
             return "not-applicable", f"{self.module} has no {self.path} here"
         if not isinstance(current, types.FunctionType) and not callable(current):
             return "refused", f"expected a function, found {type(current).__name__}"
-        if self._wrapper is not None and self._reached_from(current):
-            return "applied", ""
-        if self.handled is not None and _succeeds(self.handled, current):
-            return "not-needed", f"{_name(current)} handles PackedSequence"
-        found = _parameters(current)
-        if found[: len(self.parameters)] != self.parameters:
-            return (
-                "refused",
-                f"expected the parameters ({', '.join(self.parameters)}), found ({', '.join(found)})",
-            )
-        wrapper = functools.wraps(current)(self._make(current, self))
-        holders = list(_holders(owner, name, current))
-        self._original, self._wrapper = current, wrapper
+        if not self._reached_from(current):
+            layer = next((x for x in self._layers if x.owner is owner and x.original is current), None)
+            if layer is None:
+                if self.handled is not None and _succeeds(self.handled, current):
+                    self._judged = current
+                    return "not-needed", f"{_name(current)} handles PackedSequence"
+                found = _parameters(current)
+                if found[: len(self.parameters)] != self.parameters:
+                    return (
+                        "refused",
+                        f"expected the parameters ({', '.join(self.parameters)}), found ({', '.join(found)})",
+                    )
+                wrapper = functools.wraps(current)(self._make(current, self))
+                setattr(wrapper, _ATTRIBUTE, self)
+                self._layers.append(_Layer(owner, current, wrapper))
         # Before it is visible: another thread may call it at once.
         self.active = True
-        for holder in holders:
-            setattr(holder, name, wrapper)
+        for layer in self._layers:
+            self._swap(layer, layer.original, layer.wrapper)
         return "applied", ""
+
+    def _swap(self, layer: _Layer, old: Function, new: Function) -> None:
+        name = self.path.rpartition(".")[2]
+        for holder in list(_holders(layer.owner, name, old)):
+            setattr(holder, name, new)
 
     def _current(self) -> Function | None:
         return _resolve(sys.modules.get(self.module), self.path)[2]
 
     def _reached_from(self, current: Function) -> bool:
         """Tell whether calling ``current`` ends up in our wrapper."""
-        if any(function is self._wrapper for function in _chain(current)):
+        wrappers = [layer.wrapper for layer in self._layers]
+        if any(function is wrapper for function in _chain(current) for wrapper in wrappers):
             return True
         # A foreign wrapper that does not say what it wraps: ask by behaviour, with ours acting.
-        if current is self._original or self.handled is None:
+        if not wrappers or self.handled is None or any(current is layer.original for layer in self._layers):
+            return False
+        # What does right without ours is somebody's own fix.
+        if self._other_copies(current) or (not self.active and _succeeds(self.handled, current)):
             return False
         was, self.active = self.active, True
         try:
             return _succeeds(self.handled, current)
         finally:
             self.active = was
+
+    def _other_copies(self, current: Function | None) -> list[Any]:
+        """Return the acting patches of other copies of this package, loaded a second time, around the target.
+
+        The last one that is enabled takes the others off: two would wrap twice, and neither could say that
+        turning it off restores upstream.
+        """
+        patches = {id(p): p for f in _chain(current) if (p := getattr(f, _ATTRIBUTE, None)) is not None}
+        return [patch for patch in patches.values() if patch is not self and patch.active]
 
 
 def patch(
@@ -211,12 +251,12 @@ def _holders(owner: Any, name: str, function: Function) -> Iterator[Any]:
             yield module
 
 
-def _chain(function: Function) -> Iterator[Function]:
+def _chain(function: Function | None) -> Iterator[Function]:
     seen: set[int] = set()
     while function is not None and id(function) not in seen:
         yield function
         seen.add(id(function))
-        function = getattr(function, "__wrapped__", None)  # type: ignore[assignment]
+        function = getattr(function, "__wrapped__", None)
 
 
 def _parameters(function: Function) -> tuple[str, ...]:

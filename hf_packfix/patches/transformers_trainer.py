@@ -132,7 +132,7 @@ def track_num_input_tokens(original: Function, patch: Patch) -> Function:
     """Hand over one element a token, all of them real, so that both modes count the sum of the lengths."""
     import torch
 
-    from hf_packfix.packed import PackedSequence, num_tokens
+    from hf_packfix.packed import PackedSequence
 
     one = torch.ones((), dtype=torch.int64)
 
@@ -142,7 +142,7 @@ def track_num_input_tokens(original: Function, patch: Patch) -> Function:
             packed = inputs.get(main) if isinstance(inputs, Mapping) else None
             if isinstance(packed, PackedSequence):
                 # Expanded, not filled: mostly nobody asked to count, which the original finds out.
-                real = one.expand(num_tokens(packed))
+                real = one.expand(packed.data.shape[0])
                 inputs = {**inputs, main: real, "attention_mask": real}
         return original(self, inputs)
 
@@ -183,12 +183,18 @@ def get_num_items_in_batch(original: Function, patch: Patch) -> Function:
 
 
 def _label_padder() -> Function:
-    """Return the function that puts rectangles ``[B, T]``, padded with -100, for packed labels of a batch."""
+    """Return the function that puts rectangles ``[B, T]``, padded with -100, for packed labels of a batch.
+
+    Every training batch comes through it, still as the data loader gave it: here packs whose fields contradict each
+    other are found, on which torch's recurrent layers may compute something.
+    """
+    from hf_packfix.nested import check_batch
     from hf_packfix.packed import PackedSequence, pad
 
     def with_padded_labels(batch: Any) -> Any:
         if type(batch) is not dict and not isinstance(batch, Mapping):
             return batch
+        check_batch(batch)
         packed = [key for key in ("labels", "shift_labels") if isinstance(batch.get(key), PackedSequence)]
         return {**batch, **{key: pad(batch[key], -100) for key in packed}} if packed else batch
 

@@ -39,15 +39,23 @@ def evaluation_loop(original: Function, patch: Patch) -> Function:
 
 @patch(
     "transformers.trainer:Trainer.prediction_step",
-    reason="evaluates without a word when the target is not named like a label; warns, naming label_names",
+    reason="evaluates without a word on torn packs, or when no label name covers the target; raises, or warns",
     parameters=("self", "model", "inputs"),
 )
 def prediction_step(original: Function, patch: Patch) -> Function:
-    """Warn where ``compute_metrics`` waits for labels that no label name covers."""
+    """Warn where ``compute_metrics`` waits for labels that no label name covers.
+
+    Raises:
+        ValueError: the fields of a PackedSequence contradict each other.
+    """
+    from hf_packfix.nested import check_batch
 
     def prediction_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if patch.active and self.compute_metrics is not None and _evaluating.get():
-            _warn_of_uncovered_labels(self, inputs)
+        if patch.active:
+            if isinstance(inputs, Mapping):
+                check_batch(inputs)
+            if self.compute_metrics is not None and _evaluating.get():
+                _warn_of_uncovered_labels(self, inputs)
         return original(self, model, inputs, *args, **kwargs)
 
     return prediction_step
