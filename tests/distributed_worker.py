@@ -149,6 +149,8 @@ def report(packed: bool, streaming: bool = False, **changes: Any) -> dict[str, A
         )
         if streaming:
             trainer.train_dataset = trainer.eval_dataset = Stream(data)
+        if not packed:
+            oracle.count_real_tokens(trainer)
         trainer.train()
         steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
         evaluated = trainer.evaluate()
@@ -272,7 +274,8 @@ def scenarios() -> Iterator[tuple[str, Callable[[bool], Any]]]:
 
 def main(directory: Path) -> None:
     torch.set_num_threads(1)
-    assert PartialState(cpu=True).num_processes > 1
+    # accelerate before 0.30 prepares no data loader without one.
+    assert Accelerator(cpu=True).num_processes > 1
     results: dict[str, Any] = {}
     for name, scenario in scenarios():
         hf_packfix.enable()

@@ -55,7 +55,7 @@ PARTS = {
 CACHE = Path(tempfile.gettempdir()) / "hf_packfix_matrix"
 
 #: What the tests import besides the pair itself.
-TOOLS = ["hypothesis", "optuna", "psutil", "pytest", "pytest-timeout"]
+TOOLS = ["datasets", "hypothesis", "optuna", "psutil", "pytest", "pytest-timeout"]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import hf_packfix
 from hf_packfix import packed as packing
 from tests.distributed_worker import numbered, scenarios
 from tests.installed import ROOT
-from tests.oracle import PlainTagger, Tagger, new_trainer, packed_batch, padded_batch, rows, stock
+from tests.oracle import PlainTagger, Tagger, count_real_tokens, new_trainer, packed_batch, padded_batch, rows, stock
 from tests.test_evaluate import Stream, assert_same_report, report
 
 NAMES = [name for name, _ in scenarios()]
@@ -130,7 +130,8 @@ def collate(features):
 
 oracle.new_trainer(sys.argv[1], oracle.Tagger, oracle.rows(), collate).train()
 """)
-    result = launch(2, str(tmp_path / "fails.py"), str(tmp_path), PYTHONPATH=str(ROOT))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    result = launch(2, str(tmp_path / "fails.py"), str(tmp_path), PYTHONPATH=path)
     assert result.returncode != 0
     assert "LookupError: this is rank 1's own error" in result.stderr
 
@@ -145,6 +146,8 @@ def test_streaming_in_one_process(tmp_path):
         trainer = new_trainer(
             directory, Tagger, Stream(data), collate, max_steps=8, include_num_input_tokens_seen="non_padding"
         )
+        if collate is padded_batch:
+            count_real_tokens(trainer)
         trainer.train()
         steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
         return [(step["loss"], float(step["grad_norm"]), step["num_input_tokens_seen"]) for step in steps]
