@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence, unpack_sequence
@@ -9,6 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_packfix import nested, packed
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
 
 LENGTHS = [[1], [5], [1, 1, 1], [2, 7, 2, 1], [3, 3, 9, 1, 9], [4, 3, 2, 1]]
 KINDS = [(torch.float32, ()), (torch.float64, (3,)), (torch.int64, ()), (torch.bool, (2, 2))]
@@ -107,10 +115,16 @@ def test_same_packing():
 
 @pytest.mark.parametrize(
     ("batch_sizes", "message"),
-    [([2, 2], "sum to 4"), ([1, 2], "must not increase"), ([3, 0], "fall below 1")],
+    [
+        ([2, 2], "sum to 4"),
+        ([1, 2], "must not increase"),
+        ([3, 1, 2], "must not increase"),
+        ([3, 0], "fall below 1"),
+        ([2, 1, 0], "fall below 1"),
+    ],
 )
 def test_contradicting_fields_are_named(batch_sizes, message):
-    torn = PackedSequence(torch.ones(3), torch.tensor(batch_sizes))
+    torn = PackedSequence(torch.ones(3 if sum(batch_sizes) == 4 else sum(batch_sizes)), torch.tensor(batch_sizes))
     for use in (packed.pad, packed.to_flat):
         with pytest.raises(ValueError, match=message):
             use(torn)
@@ -218,5 +232,16 @@ def test_nothing_is_copied_where_nothing_changes():
     assert packed.with_data(pack, pack.data) is pack
     other = packed.with_data(pack, pack.data + 1)
     assert other is not pack
-    assert other.batch_sizes is pack.batch_sizes
+    assert all(getattr(other, name) is getattr(pack, name) for name in PackedSequence._fields[1:])
     assert torch.equal(other.data, pack.data + 1)
+
+
+def test_named_tuples_are_found_wherever_they_stand():
+    pack = pack_sequence(sequences([2], torch.int64, ()))
+    for leaf in (pack, Pair(1, 2)):
+        for tree in (leaf, [leaf], (0, (leaf,)), {"a": 0, "b": leaf}, [{"a": [leaf]}]):
+            assert nested.contains_namedtuple(tree) is True
+            assert nested.contains(tree) is (leaf is pack)
+    for tree in (torch.ones(2), [1, (2, 3)], {"a": [None, "x"]}, {}, range(3), object()):
+        assert nested.contains_namedtuple(tree) is False
+        assert nested.contains(tree) is False
