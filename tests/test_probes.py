@@ -31,13 +31,16 @@ def on_meta(**fields: Any) -> PackedSequence:
     return pack._replace(**{**moved, **fields})
 
 
-@pytest.mark.parametrize("patch", PROBED, ids=lambda patch: patch.path)
-def test_the_wrapper_passes_the_probe(patch: Patch):
+def wrapper_of(patch: Patch) -> Any:
     module = import_module(patch.module)
     hf_packfix.enable()
-    wrapper = _resolve(module, patch.path)[2]
     assert patch.active
-    assert patch.handled(wrapper) is True
+    return _resolve(module, patch.path)[2]
+
+
+@pytest.mark.parametrize("patch", PROBED, ids=lambda patch: patch.path)
+def test_the_wrapper_passes_the_probe(patch: Patch):
+    assert patch.handled(wrapper_of(patch)) is True
 
 
 def test_the_probe_is_two_sequences_out_of_order():

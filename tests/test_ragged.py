@@ -11,6 +11,7 @@ from accelerate.utils import operations
 from torch.nn.utils.rnn import pack_sequence
 from transformers.trainer_pt_utils import EvalLoopContainer
 
+from hf_packfix import ragged
 from tests.oracle import Tagger, packed_batch, padded_batch, rows, stock
 from tests.test_evaluate import assert_same_report, assert_same_tree, report
 
@@ -146,3 +147,21 @@ def test_inference_mode(tmp_path):
     with stock():
         expected = report(tmp_path, Tagger, padded_batch, rows())
     assert_same_report(found, expected)
+
+
+def test_what_a_rectangle_remembers():
+    lengths = torch.tensor([2, 1])
+    rectangle = ragged.remember(torch.zeros(2, 2), lengths)
+    plain = torch.zeros(2, 2)
+    assert ragged.lengths_of(rectangle) is lengths
+    assert ragged.is_remembered(rectangle) is True
+    for other in (plain, rectangle.clone(), "text", None):
+        assert ragged.is_remembered(other) is False
+        assert ragged.lengths_of(other) is None
+    for wrap in (lambda leaf: leaf, lambda leaf: [0, leaf], lambda leaf: {"a": None, "b": (leaf,)}):
+        assert ragged.any_remembered(wrap(rectangle)) is True
+        assert ragged.any_remembered(wrap(plain)) is False
+    rectangle[0, 0] = 1
+    assert ragged.is_remembered(rectangle) is True
+    assert ragged.lengths_of(rectangle) is None
+    assert ragged.any_remembered([rectangle]) is False
