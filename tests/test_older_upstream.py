@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
-from transformers import BatchEncoding
+from transformers import BatchEncoding, BatchFeature
 
 from hf_packfix.packed import Countable
 from hf_packfix.patches import transformers_tokenization_utils_base, transformers_trainer
@@ -114,3 +114,16 @@ def test_a_batch_type_that_drops_what_is_no_tensor_keeps_packs(monkeypatch):
     assert moved["x"].data.device == moved["several"][0].sorted_indices.device == moved["y"].device == META
     assert moved["x"].batch_sizes.device == CPU
     assert moved["several"][1] == "kept"
+
+
+@pytest.mark.parametrize("kind", [BatchEncoding, BatchFeature])
+def test_a_batch_that_cannot_move_stays_whole(kind):
+    class Immovable(torch.Tensor):
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("no room")
+
+    held = {"x": some_pack(), "y": torch.ones(2).as_subclass(Immovable), "z": torch.ones(1)}
+    batch = kind(held)
+    with pytest.raises(RuntimeError, match="no room"):
+        batch.to("meta")
+    assert {key: batch[key] is value for key, value in held.items()} == {"x": True, "y": True, "z": True}
