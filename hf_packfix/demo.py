@@ -63,7 +63,9 @@ def run(seed: int, epochs: int, output_dir: Path, *, plot: bool = True) -> int:
         RecurrentForSequenceClassification.from_pretrained(saved), train_rows, test_rows, output_dir, seed, epochs
     )
     again = loaded.predict(test_rows)  # type: ignore[arg-type]
-    if not torch.equal(torch.as_tensor(predictions.predictions), torch.as_tensor(again.predictions)):
+    # Not to the last bit: kernels round by where the weights lie in memory.
+    before, after = map(torch.as_tensor, (predictions.predictions, again.predictions))
+    if not torch.allclose(before, after, rtol=1e-4, atol=1e-5):
         raise RuntimeError(f"the model loaded from {saved} does not predict what the trained one does")
     print(f"saved to {saved}, loaded with from_pretrained: the same {len(test_rows)} predictions")
 

@@ -181,8 +181,6 @@ def from_flat(flat: Tensor, lengths: Tensor, *, keep_order: bool = False) -> Pac
         raise ValueError(
             f"lengths must be at least 1 and sum to the {flat.shape[0]} rows of flat, found {lengths.tolist()}"
         )
-    if lengths.numel() == 0:
-        return PackedSequence(flat, lengths.new_zeros(0), None if keep_order else lengths.to(flat.device))
     starts = lengths.cumsum(0) - lengths
     if keep_order and bool((lengths[:-1] >= lengths[1:]).all()):
         sorted_indices = None

@@ -73,8 +73,10 @@ class Environment:
         for path in shared.iterdir():
             if not path.name.startswith(("hf_packfix", "_hf_packfix")) and path.suffix != ".pth":
                 (links / path.name).symlink_to(path)
-        # After our own site-packages on the path, so that a test can put another version in front.
-        (self.site / "zz_shared.pth").write_text(f"{links}\n")
+        # After our own site-packages on the path, so that a test can put another version in front. Read before our
+        # own start-up file, so that coverage, where this run is measured, sees that as well.
+        measure = "import coverage; coverage.process_startup()\n" if "COVERAGE_PROCESS_CONFIG" in os.environ else ""
+        (self.site / "a1_shared.pth").write_text(f"{links}\n{measure}")
         return self
 
     def write(self, name: str, text: str | bytes) -> Path:

@@ -334,6 +334,9 @@ def test_status_reads_well():
     off = hf_packfix.status()
     assert not off.enabled
     assert "disable() was called" in str(off)
+    assert [(p.target, p.reason, p.state) for p in off.patches] == [
+        (p.target, p.reason, "off") for p in status.patches
+    ]
 
 
 def test_too_old_is_refused_with_what_was_found_and_required(monkeypatch):

@@ -151,7 +151,9 @@ def test_save_and_load(tmp_path, cell):
     assert type(loaded) is RecurrentEncoderDecoder
     assert loaded.config.decoder_start_token_id == loaded.generation_config.decoder_start_token_id == PAD
     ids, _ = arrange("packed", tokens((3, 5)))
-    assert torch.equal(loaded(ids, labels=ids).logits.data, model(ids, labels=ids).logits.data)
+    # To the last bit the weights are the same, but not what kernels make of them: that depends on where they lie.
+    assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
+    torch.testing.assert_close(loaded(ids, labels=ids).logits.data, model(ids, labels=ids).logits.data)
 
 
 def test_resizing_resizes_both_sides():

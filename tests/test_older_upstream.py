@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
-from transformers import BatchEncoding
+from transformers import BatchEncoding, BatchFeature
 
 from hf_packfix.packed import Countable
 from hf_packfix.patches import transformers_tokenization_utils_base, transformers_trainer
@@ -91,7 +91,9 @@ def test_a_countable_pack_is_a_pack():
     assert isinstance(countable, PackedSequence)
     assert all(left is right for left, right in zip(countable, pack, strict=True))
     assert (countable.numel(), int(countable.sum()), int((countable != 7).sum())) == (6, 6, 6)
+    assert (countable != 7).dtype == (pack.data != 7).dtype  # a mask
     assert countable != "text"
+    assert (countable != Countable._make(pack)) is False  # as tuples are, of the same fields
     assert type(countable.plain()) is PackedSequence
     assert torch.nn.GRU(2, 3)(countable)[0].data.shape == (6, 3)
     for same in (copy.deepcopy(countable), pickle.loads(pickle.dumps(countable))):
@@ -112,3 +114,16 @@ def test_a_batch_type_that_drops_what_is_no_tensor_keeps_packs(monkeypatch):
     assert moved["x"].data.device == moved["several"][0].sorted_indices.device == moved["y"].device == META
     assert moved["x"].batch_sizes.device == CPU
     assert moved["several"][1] == "kept"
+
+
+@pytest.mark.parametrize("kind", [BatchEncoding, BatchFeature])
+def test_a_batch_that_cannot_move_stays_whole(kind):
+    class Immovable(torch.Tensor):
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("no room")
+
+    held = {"x": some_pack(), "y": torch.ones(2).as_subclass(Immovable), "z": torch.ones(1)}
+    batch = kind(held)
+    with pytest.raises(RuntimeError, match="no room"):
+        batch.to("meta")
+    assert {key: batch[key] is value for key, value in held.items()} == {"x": True, "y": True, "z": True}

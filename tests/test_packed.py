@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence, unpack_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_packfix import nested, packed
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
 
 LENGTHS = [[1], [5], [1, 1, 1], [2, 7, 2, 1], [3, 3, 9, 1, 9], [4, 3, 2, 1]]
 KINDS = [(torch.float32, ()), (torch.float64, (3,)), (torch.int64, ()), (torch.bool, (2, 2))]
@@ -95,7 +105,7 @@ def test_same_packing():
     pieces = sequences([2, 3, 3], torch.int64, ())
     pack = pack_sequence(pieces, enforce_sorted=False)
     assert packed.same_packing(pack, pack._replace(data=pack.data * 2))
-    assert not packed.same_packing(pack, pack_sequence(pieces[:2], enforce_sorted=False))
+    assert packed.same_packing(pack, pack_sequence(pieces[:2], enforce_sorted=False)) is False
     swapped = PackedSequence(pack.data, pack.batch_sizes, pack.sorted_indices.flip(0))
     assert not packed.same_packing(pack, swapped)
     in_order = pack_sequence([pieces[1], pieces[0]])
@@ -105,10 +115,16 @@ def test_same_packing():
 
 @pytest.mark.parametrize(
     ("batch_sizes", "message"),
-    [([2, 2], "sum to 4"), ([1, 2], "must not increase"), ([3, 0], "fall below 1")],
+    [
+        ([2, 2], "sum to 4"),
+        ([1, 2], "must not increase"),
+        ([3, 1, 2], "must not increase"),
+        ([3, 0], "fall below 1"),
+        ([2, 1, 0], "fall below 1"),
+    ],
 )
 def test_contradicting_fields_are_named(batch_sizes, message):
-    torn = PackedSequence(torch.ones(3), torch.tensor(batch_sizes))
+    torn = PackedSequence(torch.ones(3 if sum(batch_sizes) == 4 else sum(batch_sizes)), torch.tensor(batch_sizes))
     for use in (packed.pad, packed.to_flat):
         with pytest.raises(ValueError, match=message):
             use(torn)
@@ -136,3 +152,96 @@ def test_nested_replace_keeps_what_holds_no_pack():
     assert nested.replace(packed.batch_size, untouched) is untouched
     assert nested.contains(tree)
     assert not nested.contains(untouched)
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses what a GPU refuses and ``meta`` does not: a kernel with tensors of two devices."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        devices = {
+            leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()
+        }
+        assert len(devices) <= 1, f"{func} on {devices}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        packed.pad,
+        packed.pad_left,
+        lambda pack: packed.to_flat(pack)[0],
+        lambda pack: packed.take(pack, slice(1, 3)).data,
+        lambda pack: packed.take(pack, [2, 0]).sorted_indices,
+        lambda pack: packed.concatenate([pack, pack]).data,
+        lambda pack: packed.concatenate([pack, pack]).unsorted_indices,
+        lambda pack: packed.from_flat(pack.data, torch.tensor([1, 3, 4])).sorted_indices,
+        lambda pack: packed.from_flat(pack.data[:0], torch.tensor([], dtype=torch.int64)).sorted_indices,
+        lambda pack: packed.with_data(pack, pack.data).data,
+    ],
+)
+def test_everything_happens_on_the_device_of_the_data(use):
+    pack = pack_sequence(sequences([4, 3, 1], torch.float32, (2,)))
+    with OneDevice():
+        found = use(pack._replace(data=pack.data.to("meta")))
+    expected = use(pack)
+    assert (found.device.type, found.shape, found.dtype) == ("meta", expected.shape, expected.dtype)
+
+
+def test_lengths_of_a_sorted_pack():
+    found = packed.lengths(pack_sequence(sequences([4, 3, 3, 1], torch.float32, ())))
+    assert (found.tolist(), found.dtype) == ([4, 3, 3, 1], torch.int64)
+
+
+def test_packings_that_differ_in_indices_alone():
+    pieces = sequences([3, 3, 2], torch.int64, ())
+    in_order = pack_sequence(pieces)
+    swapped = PackedSequence(in_order.data, in_order.batch_sizes, torch.tensor([1, 0, 2]))
+    for first, second in ((in_order, swapped), (swapped, in_order)):
+        assert not packed.same_packing(first, second)
+    assert packed.same_packing(in_order, pack_sequence(pieces))
+
+
+def test_padding_on_the_left():
+    pieces = [torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([4, 5, 6])]
+    pack = pack_sequence(pieces, enforce_sorted=False)
+    assert packed.pad_left(pack, 9).tolist() == [[9, 1, 2], [9, 9, 3], [4, 5, 6]]
+    assert packed.pad_left(pack).tolist() == [[0, 1, 2], [0, 0, 3], [4, 5, 6]]
+    assert packed.pad(pack).tolist() == [[1, 2, 0], [3, 0, 0], [4, 5, 6]]
+    assert torch.equal(packed.pad(pack, total_length=3), packed.pad(pack))
+
+
+def test_no_sequence_at_all():
+    none = torch.tensor([], dtype=torch.int64)
+    for keep_order in (False, True):
+        empty = packed.from_flat(torch.ones(0, 2), none, keep_order=keep_order)
+        assert (empty.sorted_indices is None) == keep_order
+        assert (packed.batch_size(empty), packed.num_tokens(empty), packed.lengths(empty).tolist()) == (0, 0, [])
+        assert packed.pad(empty).shape == (0, 0, 2)
+        assert packed.pad(empty, total_length=4).shape == (0, 4, 2)
+        assert packed.to_flat(empty)[0].shape == (0, 2)
+
+
+def test_nothing_is_copied_where_nothing_changes():
+    pack = pack_sequence(sequences([2, 3], torch.int64, ()), enforce_sorted=False)
+    for which in (slice(None), slice(0, 2), slice(0, 99), slice(-2, None)):
+        assert packed.take(pack, which) is pack
+    for which in (slice(None, None, 1), [0, 1]):
+        assert_equal(packed.take(pack, which), pack)
+    assert packed.concatenate([pack]) is pack
+    assert packed.with_data(pack, pack.data) is pack
+    other = packed.with_data(pack, pack.data + 1)
+    assert other is not pack
+    assert all(getattr(other, name) is getattr(pack, name) for name in PackedSequence._fields[1:])
+    assert torch.equal(other.data, pack.data + 1)
+
+
+def test_named_tuples_are_found_wherever_they_stand():
+    pack = pack_sequence(sequences([2], torch.int64, ()))
+    for leaf in (pack, Pair(1, 2)):
+        for tree in (leaf, [leaf], (0, (leaf,)), {"a": 0, "b": leaf}, [{"a": [leaf]}]):
+            assert nested.contains_namedtuple(tree) is True
+            assert nested.contains(tree) is (leaf is pack)
+    for tree in (torch.ones(2), [1, (2, 3)], {"a": [None, "x"]}, {}, range(3), object()):
+        assert nested.contains_namedtuple(tree) is False
+        assert nested.contains(tree) is False

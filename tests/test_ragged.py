@@ -11,6 +11,8 @@ from accelerate.utils import operations
 from torch.nn.utils.rnn import pack_sequence
 from transformers.trainer_pt_utils import EvalLoopContainer
 
+from hf_packfix import ragged
+from hf_packfix.patches import accelerate_utils_operations
 from tests.oracle import Tagger, packed_batch, padded_batch, rows, stock
 from tests.test_evaluate import assert_same_report, assert_same_tree, report
 
@@ -146,3 +148,50 @@ def test_inference_mode(tmp_path):
     with stock():
         expected = report(tmp_path, Tagger, padded_batch, rows())
     assert_same_report(found, expected)
+
+
+def test_what_a_rectangle_remembers():
+    lengths = torch.tensor([2, 1])
+    rectangle = ragged.remember(torch.zeros(2, 2), lengths)
+    plain = torch.zeros(2, 2)
+    assert ragged.lengths_of(rectangle) is lengths
+    assert ragged.is_remembered(rectangle) is True
+    for other in (plain, rectangle.clone(), "text", None):
+        assert ragged.is_remembered(other) is False
+        assert ragged.lengths_of(other) is None
+    for wrap in (lambda leaf: leaf, lambda leaf: [0, leaf], lambda leaf: {"a": None, "b": (leaf,)}):
+        assert ragged.any_remembered(wrap(rectangle)) is True
+        assert ragged.any_remembered(wrap(plain)) is False
+    rectangle[0, 0] = 1
+    assert ragged.is_remembered(rectangle) is True
+    assert ragged.lengths_of(rectangle) is None
+    assert ragged.any_remembered([rectangle]) is False
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_gathering_lengths_with_another_process(monkeypatch, changed):
+    sent = []
+
+    def from_two_processes(tree: Any) -> Any:  # what the other sends is what this one sends, twice
+        if isinstance(tree, torch.Tensor):
+            sent.append(tree)
+            return torch.cat([tree, tree])
+        return {key: from_two_processes(value) for key, value in tree.items()}
+
+    patch = accelerate_utils_operations.gather
+    monkeypatch.setattr(patch, "active", True)
+    rectangle = ragged.remember(torch.tensor([[1, 2], [3, -100]]), torch.tensor([2, 1]))
+    if changed:
+        rectangle += 1
+    tree = {"rectangle": rectangle, "numbers": torch.tensor([7, 8])}
+    found = patch._make(from_two_processes, patch)(tree)
+    assert torch.equal(found["rectangle"], torch.cat([rectangle, rectangle]))
+    assert found["numbers"].tolist() == [7, 8, 7, 8]
+    assert ragged.lengths_of(found["numbers"]) is None
+    # Lengths are sent even where they are not known any more: the others wait for them.
+    assert (len(sent), sent[-1].dtype, sent[-1].shape) == (3, torch.int64, (2,))
+    if changed:
+        assert sent[-1].tolist() == [-1, -1]
+        assert ragged.lengths_of(found["rectangle"]) is None
+    else:
+        assert ragged.lengths_of(found["rectangle"]).tolist() == [2, 1, 2, 1]

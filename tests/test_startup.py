@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import os
 import pkgutil
+import runpy
 import shutil
 import sys
 
@@ -96,8 +97,7 @@ def test_isolated_modes(environment, flag):
 
 
 def test_the_two_tables_of_values_agree():
-    boot = {}
-    exec((STARTUP / "_hf_packfix_boot.py").read_text(), boot)
+    boot = runpy.run_path(str(STARTUP / "_hf_packfix_boot.py"))
     assert boot["ACCEPTED"] == switch.ACCEPTED
     assert boot["VARIABLE"] == switch.VARIABLE
     for value in [None, "", " ", "maybe", *ON, *OFF]:

@@ -1,0 +1,94 @@
+"""Where there is nothing to do, every wrapper hands over to the original, with the very objects that it was given."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hf_packfix.patches import PATCHES, Patch
+from hf_packfix.patches.patch import _succeeds
+from tests.test_prepare_input import some_pack
+from tests.test_probes import PROBED, wrapper_of
+
+RESULT = object()
+
+
+class Original:
+    """Stands for any function upstream, and remembers what it was called with."""
+
+    def __init__(self, result: Any) -> None:
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.result = result
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append((args, kwargs))
+        return self.result
+
+
+def owner(batch: Any) -> Any:
+    """Return what has every attribute that a wrapper asks its ``self`` for."""
+    return SimpleNamespace(
+        data=batch,
+        tensors=None,
+        arrays=None,
+        do_nested_concat=True,
+        padding_index=-100,
+        compute_metrics=print,
+        label_names=["labels"],
+        ignore_index=-100,
+        model=torch.nn.Linear(1, 1),
+        args=SimpleNamespace(predict_with_generate=True, n_gpu=1, include_num_input_tokens_seen="no"),
+        _get_num_items_in_batch=None,
+    )
+
+
+def call(patch: Patch, batch: Any) -> tuple[Original, list[Any], Any]:
+    """Call the wrapper with ``batch`` as every argument but ``self``."""
+    # Two of them look into what the original returns: batches and their items, and what was gathered.
+    results = {"Trainer.get_batch_samples": (RESULT, None), "gather": batch}
+    original = Original(results.get(patch.path, RESULT))
+    arguments = [owner(batch) if name == "self" else batch for name in patch.parameters]
+    return original, arguments, patch._make(original, patch)(*arguments)
+
+
+def assert_handed_over(patch: Patch, batch: Any) -> None:
+    original, arguments, result = call(patch, batch)
+    ((args, kwargs),) = original.calls
+    received = [*args, *kwargs.values()][: len(arguments)]
+    assert all(got is given for got, given in zip(received, arguments, strict=True)), patch.target
+    gives_nothing = patch.path.endswith(("__init__", ".add", "_numpy"))
+    assert result is None if gives_nothing else result == original.result
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.path)
+@pytest.mark.parametrize("kind", ["packed", "plain"])
+def test_an_inactive_wrapper(monkeypatch, patch, kind):
+    monkeypatch.setattr(patch, "active", False)
+    batch = {"logits": some_pack() if kind == "packed" else torch.ones(2, 3), "labels": None}
+    assert_handed_over(patch, batch)
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.path)
+def test_a_batch_without_packs(monkeypatch, patch):
+    monkeypatch.setattr(patch, "active", True)
+    batch = {"logits": torch.ones(2, 3), "labels": torch.ones(2), "more": [None, (torch.ones(1), "text")]}
+    if patch.path == "Trainer._get_num_items_in_batch":
+        original, arguments, result = call(patch, [batch, object()])
+        assert result is RESULT
+        ((_, samples, *_), _) = original.calls[0]
+        assert list(map(id, samples)) == list(map(id, arguments[1]))
+    elif patch.path in ("initialize_tensors", "EvalPrediction.__init__"):
+        original, arguments, _ = call(patch, [batch])
+        assert original.calls[0][0][-1] is arguments[-1]
+    else:
+        assert_handed_over(patch, batch)
+
+
+@pytest.mark.parametrize("patch", PROBED, ids=lambda patch: patch.path)
+def test_an_inactive_wrapper_fails_the_probe_as_upstream_does(monkeypatch, patch):
+    wrapper = wrapper_of(patch)
+    monkeypatch.setattr(patch, "active", False)
+    assert not _succeeds(patch.handled, wrapper)

@@ -1,0 +1,92 @@
+"""What the probes find: a function that does what is right passes its probe, one that does half of it does not.
+
+``tests/test_drift.py`` asks the probes of what upstream has; here they are asked of the plugin's own functions, and
+of what a half-made fix upstream would give. A probe that always fails would leave a patch on where it is no longer
+needed, and one that passes too early would leave it off.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import hf_packfix
+from hf_packfix.patches import PATCHES, Patch, probe, transformers_trainer
+from hf_packfix.patches.patch import _resolve
+from tests import drift
+from tests.test_prepare_input import META
+
+PROBED = [patch for patch in PATCHES if patch.handled is not None and drift.state_here(patch) == "applied"]
+
+
+def on_meta(**fields: Any) -> PackedSequence:
+    """Return a pack of which all that must move has moved, some fields replaced."""
+    pack = probe.packed()
+    moved = {name: getattr(pack, name).to(META) for name in ("data", "sorted_indices", "unsorted_indices")}
+    return pack._replace(**{**moved, **fields})
+
+
+def wrapper_of(patch: Patch) -> Any:
+    module = import_module(patch.module)
+    hf_packfix.enable()
+    assert patch.active
+    return _resolve(module, patch.path)[2]
+
+
+@pytest.mark.parametrize("patch", PROBED, ids=lambda patch: patch.path)
+def test_the_wrapper_passes_the_probe(patch: Patch):
+    assert patch.handled(wrapper_of(patch)) is True
+
+
+def test_the_probe_is_two_sequences_out_of_order():
+    expected = pack_sequence([torch.tensor([1]), torch.tensor([2, 3])], enforce_sorted=False)
+    assert all(map(torch.equal, probe.packed(), expected))
+    assert expected.sorted_indices.tolist() == [1, 0]
+
+
+def test_moved_means_every_field_that_must_and_no_other():
+    assert probe.is_on_meta(on_meta())
+    for field in ("data", "sorted_indices", "unsorted_indices"):
+        assert not probe.is_on_meta(on_meta(**{field: getattr(probe.packed(), field)})), field
+        assert not probe.is_on_meta(on_meta(**{field: None})) or field == "data", field
+    assert not probe.is_on_meta(on_meta(batch_sizes=probe.packed().batch_sizes.to(META)))
+    assert not probe.is_on_meta(tuple(on_meta()))
+
+
+@pytest.mark.parametrize("factor", [6, 2])
+def test_operations_count_the_tokens_three_times_the_parameters_twice(factor):
+    def counting(trainer: Any, inputs: Any) -> Any:
+        if isinstance(inputs["x"], PackedSequence):
+            inputs = {"x": inputs["x"].data}
+        return trainer.model.floating_point_ops(inputs) * factor / 6
+
+    assert transformers_trainer._handles_floating_point_ops(counting) == (factor == 6)
+
+
+@pytest.mark.parametrize(("counted", "expected"), [(3, True), (4, False), (0, False)])
+def test_tokens_counted_and_items(counted, expected):
+    def tokens(trainer: Any, inputs: Any) -> None:
+        assert trainer.args.include_num_input_tokens_seen == "all"
+        trainer.state.num_input_tokens_seen += trainer.accelerator.gather(torch.tensor(counted)).item()
+
+    def items(trainer: Any, batch_samples: Any, device: Any) -> Any:
+        (batch,) = batch_samples
+        assert isinstance(batch["labels"], PackedSequence)
+        return torch.tensor(counted, device=device)
+
+    assert transformers_trainer._handles_token_count(tokens) is expected
+    assert transformers_trainer._handles_item_count(items) is expected
+
+
+@pytest.mark.parametrize("missing", [None, "_get_num_items_in_batch", "_track_num_input_tokens"])
+def test_counting_is_elsewhere_where_both_helpers_exist(monkeypatch, missing):
+    helpers = {"_get_num_items_in_batch": None, "_track_num_input_tokens": None}
+    helpers.pop(missing, None)
+    module = SimpleNamespace(Trainer=type("Trainer", (), helpers))
+    monkeypatch.setitem(transformers_trainer.sys.modules, "transformers.trainer", module)
+    assert transformers_trainer._counts_elsewhere(print) == (missing is None)
