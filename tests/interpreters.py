@@ -44,7 +44,8 @@ def close(found, expected):
 def environment() -> dict[str, str]:
     """Return the environment variables of such a program."""
     env = {k: v for k, v in os.environ.items() if k != "HF_PACKFIX"}
-    return env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def run(code: str, *, limit: float = 240) -> str:
