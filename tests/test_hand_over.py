@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.utils
 
 from hf_packfix.patches import PATCHES, Patch
 from hf_packfix.patches.patch import _succeeds
@@ -92,3 +93,12 @@ def test_an_inactive_wrapper_fails_the_probe_as_upstream_does(monkeypatch, patch
     wrapper = wrapper_of(patch)
     monkeypatch.setattr(patch, "active", False)
     assert not _succeeds(patch.handled, wrapper)
+
+
+def test_a_function_that_returns_nothing_leaves_the_pack():
+    # FSDP also applies functions for what they do to a tensor, such as registering a hook.
+    seen, pack = [], some_pack()
+    (same,) = torch.distributed.utils._apply_to_tensors(lambda tensor: seen.append(tensor), [pack])
+    assert same is pack
+    assert seen[0] is pack.data
+    assert len(seen) == 1
