@@ -160,7 +160,7 @@ def compare(counts: tuple[int, int, int], repeats: int, processes: int) -> tuple
 
 def run(quick: bool) -> Table:
     """Predict 5,000, 10,000 and 20,000 rows in both ways, in one process and in two."""
-    counts, repeats = ((500, 1000, 2000), 2) if quick else ((5000, 10000, 20000), 3)
+    counts, repeats = ((500, 1000, 2000), 2) if quick else ((5000, 10000, 20000), 2)
     rows: list[Row] = []
     notes: list[str] = []
     for processes in (1, 2):
