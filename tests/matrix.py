@@ -136,11 +136,12 @@ def fill(cache: Path, name: str, needs: list[str], alone: list[str]) -> Path:
 
     Args:
         cache: where the folder is, or will be.
-        name: of the folder.
+        name: of the folder around it.
         needs: requirements, installed with their own.
         alone: requirements that are installed without theirs.
     """
-    target = cache / name
+    # Under that name: dill, with which `datasets` takes fingerprints, pickles modules elsewhere by their contents.
+    target = cache / name / "site-packages"
     complete, asked = target / "complete.json", [needs, alone]
     if complete.exists() and json.loads(complete.read_text(encoding="utf-8")) == asked:
         return target
@@ -156,7 +157,7 @@ def fill(cache: Path, name: str, needs: list[str], alone: list[str]) -> Path:
 def run(pair: dict[str, str], part: str, cache: Path) -> Result:
     """Run a part of the tests on a pair."""
     python, target = interpreter(cache), install(pair, cache)
-    report = cache / f"{target.name}-{part}.xml"
+    report = cache / f"{'-'.join(pair.values())}-{part}.xml"
     report.unlink(missing_ok=True)
     files = sorted(str(file) for stem in PARTS[part] for file in (ROOT / "tests").glob(f"test_{stem}.py"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(ROOT)]), "OMP_NUM_THREADS": "1"}

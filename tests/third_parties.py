@@ -56,8 +56,7 @@ TRAINERS = {
 def environment(cache: Path, directory: Path) -> Environment:
     """Return a new virtual environment with this project's wheel, torch and the packages."""
     base = matrix.interpreter(cache)
-    # Under that name: dill, with which `datasets` takes fingerprints, pickles modules elsewhere by their contents.
-    target = matrix.fill(cache, "third-parties/site-packages", NEEDS, ALONE)
+    target = matrix.fill(cache, "third-parties", NEEDS, ALONE)
     (torch,) = base.parents[1].glob("[Ll]ib/**/site-packages")
     fresh = Environment(directory / "venv").unpack()
     fresh.write("zz_shared.pth", f"{target}\n{torch}\n")
