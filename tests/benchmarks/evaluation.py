@@ -134,11 +134,14 @@ def compare(counts: tuple[int, int, int], repeats: int, processes: int) -> tuple
         warm_up=False,  # every run is a process that has just begun
     )
     few, _, many = counts
+    ends = [f"{PACKED}, {count} rows{where}" for count in (many, few)]
+    # Of its own, and more often: seconds, not minutes.
+    growth = interleave(
+        {name: lambda count=count: seconds(PACKED, count) for name, count in zip(ends, (many, few), strict=True)}, 5
+    )
     rows: list[Row] = [
-        ratio(
-            samples, f"{kind}, {many} rows{where}", f"{kind}, {few} rows{where}", bar=4.4 if kind == PACKED else None
-        )
-        for kind in (PACKED, PADDED)
+        ratio(growth, *ends, bar=4.4),
+        ratio(samples, f"{PADDED}, {many} rows{where}", f"{PADDED}, {few} rows{where}"),
     ]
     notes = []
     for count in counts:
