@@ -6,8 +6,11 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -39,6 +42,8 @@ if hasattr(os, "register_at_fork"):
 _activated_by: str | None = None
 _why_inactive = "hf_packfix.enable() was not called"
 _hooked: set[str] = set()
+_loaded: deque[str] = deque()  # modules whose import hook has fired and whose patches nobody has looked at since
+_torch_is_loaded = False
 _failures: set[str] = set()
 _announced = False
 
@@ -88,7 +93,7 @@ def disable() -> None:
     original.
     """
     global _activated_by, _why_inactive
-    with _lock:
+    with _locked():
         _activated_by, _why_inactive = None, "hf_packfix.disable() was called"
         for patch in reversed(_patches()):
             patch.take_off()
@@ -99,13 +104,13 @@ def is_enabled() -> bool:
 
     Read from the patched objects, not from memory alone: False where somebody has put an original back.
     """
-    with _lock:
+    with _locked():
         return _activated_by is not None and not any(patch.overwritten() for patch in _patches())
 
 
 def status() -> Status:
     """Return where hf_packfix stands; imports neither torch nor transformers."""
-    with _lock:
+    with _locked():
         activated_by = _activated_by
         enabled = is_enabled()
         patches = tuple(patch.status(activated_by is not None) for patch in _patches())
@@ -174,19 +179,63 @@ def module_loaded(module: ModuleType) -> None:
     Where torch is not loaded there are no packs, and a program that needs no more than a tokenizer is not made to
     load it: all patches wait for torch.
 
-    Never raises: an exception in an import hook would fail the import of the module itself.
+    Never waits for another thread, which in turn may wait for the import of this module: who has the lock then puts
+    on these patches, too. Never raises: an exception in an import hook would fail the import of the module itself.
     """
+    _loaded.append(module.__name__)
+    _catch_up()
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
     try:
         with _lock:
-            if _activated_by is not None and "torch" in sys.modules:
-                _put_on(p for p in _patches() if module.__name__ in (p.module, "torch"))
+            yield
+    finally:
+        _catch_up()
+
+
+def _catch_up() -> None:
+    """Put on the patches of the modules loaded so far, unless another thread is at work, which will."""
+    lock = _lock
+    # Asked again after letting go, for a module that found the lock taken a moment before.
+    while _loaded and lock.acquire(blocking=False):
+        try:
+            while _loaded:
+                _put_on_loaded(_loaded.popleft())
+        finally:
+            lock.release()
+
+
+def _put_on_loaded(name: str) -> None:
+    global _torch_is_loaded
+    # While torch is being imported, modules of its own among them, no probe can tell anything: its hook comes last.
+    _torch_is_loaded = _torch_is_loaded or name == "torch" or _is_complete("torch")
+    if _activated_by is None or not _torch_is_loaded:
+        return
+    try:
+        _put_on(p for p in _patches() if name in (p.module, "torch"))
     except Exception as error:
-        logger.debug("could not patch %s", module.__name__, exc_info=True)
+        logger.debug("could not patch %s", name, exc_info=True)
         # Once: what is wrong with us fails in the hook of every module.
         if repr(error) not in _failures:
             _failures.add(repr(error))
             message = " ".join(str(error).split())
-            _log_warning(f"hf_packfix could not patch {module.__name__}: {type(error).__name__}: {message}")
+            _log_warning(f"hf_packfix could not patch {name}: {type(error).__name__}: {message}")
+
+
+def _is_complete(name: str) -> bool:
+    """Tell whether a module is loaded to its last line."""
+    module = sys.modules.get(name)
+    return module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False)
+
+
+def _wait_for(names: Iterable[str]) -> None:
+    """Wait for the modules that other threads are importing: wrapt calls no hook at the end of these."""
+    for name in names:
+        if name in sys.modules and not _is_complete(name):
+            with suppress(Exception):  # is for the thread that began it
+                import_module(name)
 
 
 def _enable(activated_by: str, *, force: bool, tell: Callable[[str], None] = warn_once) -> None:
@@ -205,14 +254,16 @@ def _enable(activated_by: str, *, force: bool, tell: Callable[[str], None] = war
     # Before anything is changed: without it nothing can be.
     import wrapt
 
-    with _lock:
+    with _locked():
+        modules = sorted({"torch", *(patch.module for patch in _patches())} - _hooked)
+    _wait_for(modules)
+    with _locked():
         _activated_by = _activated_by or activated_by
         if "torch" in sys.modules:
             _put_on(_patches())
-        modules = {"torch", *(patch.module for patch in _patches())} - _hooked
         _hooked.update(modules)
     # Outside the lock, since wrapt takes its own and calls back for a module imported meanwhile.
-    for name in sorted(modules):
+    for name in modules:
         wrapt.register_post_import_hook("hf_packfix.activation:module_loaded", name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -65,7 +66,9 @@ def run(modules: Sequence[str], *, as_json: bool) -> int:
     Returns:
         The exit status: 0 where the plugin is healthy or off by the user's choice, 1 where it is not.
     """
-    report = examine(modules)
+    # What the modules print is no part of the report.
+    with contextlib.redirect_stdout(sys.stderr):
+        report = examine(modules)
     print(json.dumps(dataclasses.asdict(report), indent=2) if as_json else _text(report))
     return 1 if report.problems else 0
 
@@ -95,12 +98,18 @@ def examine(modules: Sequence[str]) -> Report:
         tested = "passed" if failure is None else f"failed: {failure}"
         if failure is not None:
             problems.append(f"the self-test failed: {failure}")
-        importlib.import_module("transformers.trainer_seq2seq")  # so that its patches are not pending
+    if status().enabled or modules:
+        try:
+            importlib.import_module("transformers.trainer_seq2seq")  # so that its patches are not pending
+        except Exception as error:
+            message = " ".join(str(error).split())
+            problems.append(f"the Trainer cannot be imported: {type(error).__name__}: {message}")
+            modules = ()
     trainers: dict[str, dict[str, bool]] = {}
     for name in modules:
         try:
             module = importlib.import_module(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script may end when it is imported
             problems.append(f"--import {name}: {type(error).__name__}: {error}")
             continue
         warnings += _load_lazy(module)
@@ -170,8 +179,10 @@ def _load_lazy(module: ModuleType) -> Iterator[str]:
 
 
 def _reasons() -> dict[str, str]:
-    """Return the patched methods of the Trainers, each with the reason."""
-    return {p.path.split(".")[1]: p.reason for p in reversed(PATCHES) if p.path.split(".")[0] in TRAINERS}
+    """Return the methods of the Trainers that are patched on this version, each with the reason."""
+    idle = {p.target for p in status().patches if p.state in ("not-needed", "not-applicable")}
+    patches = [p for p in PATCHES if p.path.split(".")[0] in TRAINERS and p.target not in idle]
+    return {p.path.split(".")[1]: p.reason for p in reversed(patches)}
 
 
 def _trainers(package: str) -> dict[str, dict[str, bool]]:

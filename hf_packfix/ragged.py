@@ -91,7 +91,7 @@ class Pieces:
     def merge(self) -> Any:
         """Return one batch of CPU tensors: ``[sum of B, max of T, *]``, padded, as concatenating them would give.
 
-        The batches go as their rows are copied, so that no more than one copy of all of them is held.
+        Nothing is kept afterwards; until then what was flat is held beside the rectangle.
         """
         batches, self._batches = self._batches, []
         return _merge(batches, self._padding)

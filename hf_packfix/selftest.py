@@ -49,7 +49,13 @@ def _train_and_evaluate(directory: str) -> dict[str, Any]:
 
     rows: Any = [{"input_ids": torch.ones(n, 2), "labels": torch.arange(n) % 3} for n in (1, 4, 2)]
     arguments = TrainingArguments(
-        directory, max_steps=1, per_device_eval_batch_size=2, report_to=[], save_strategy="no", disable_tqdm=True
+        directory,
+        max_steps=1,
+        per_device_eval_batch_size=2,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,  # with several GPUs and no launcher the Trainer takes DataParallel, which nothing can mend
     )
     trainer = Trainer(
         Tagger(),

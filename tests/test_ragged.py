@@ -195,3 +195,23 @@ def test_gathering_lengths_with_another_process(monkeypatch, changed):
         assert ragged.lengths_of(found["rectangle"]) is None
     else:
         assert ragged.lengths_of(found["rectangle"]).tolist() == [2, 1, 2, 1]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_container_gives_all_it_holds_after_disabling(moved):
+    def rectangles() -> list[Any]:
+        return [operations.pad_across_processes(batch[0], dim=1, pad_index=-100) for batch in batches()]
+
+    expected, found = EvalLoopContainer(padding_index=-100), EvalLoopContainer(padding_index=-100)
+    for rectangle in rectangles():
+        expected.add(rectangle.clone())
+    *before, last = rectangles()
+    for rectangle in before:
+        found.add(rectangle)
+    with stock():
+        found.add(last)
+        if moved:
+            found.to_cpu_and_numpy()
+        arrays = found.get_arrays()
+        assert vars(found).keys() == vars(expected).keys()
+    assert_same_tree(arrays, expected.get_arrays())

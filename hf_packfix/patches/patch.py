@@ -138,7 +138,7 @@ class Patch:
         owner, _, current = _resolve(module, self.path)
         if current is None:
             return "not-applicable", f"{self.module} has no {self.path} here"
-        if not isinstance(current, types.FunctionType) and not callable(current):
+        if not callable(current):
             return "refused", f"expected a function, found {type(current).__name__}"
         if not self._reached_from(current):
             layer = next((x for x in self._layers if x.owner is owner and x.original is current), None)

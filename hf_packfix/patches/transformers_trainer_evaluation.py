@@ -1,7 +1,7 @@
-"""``transformers.trainer``: evaluation that finds no labels, and would say nothing but runtimes.
+"""``transformers.trainer``: evaluation that finds no labels, or torn packs, and would say nothing of it.
 
-The evaluation loop itself needs no patch: what it does to a packed batch is done by functions of
-``transformers.trainer_pt_utils`` and ``accelerate.utils.operations``.
+What the evaluation loop does to a packed batch is done by functions of ``transformers.trainer_pt_utils`` and
+``accelerate.utils.operations``, and patched there.
 """
 
 from __future__ import annotations

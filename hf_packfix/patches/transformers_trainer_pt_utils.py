@@ -197,6 +197,7 @@ def find_batch_size(original: Function, patch: Patch) -> Function:
 
 # The three below share the attribute that holds what was added; a container without it is the original's alone.
 _PIECES = "_hf_packfix_pieces"
+_METHODS = ("add", "to_cpu_and_numpy", "get_arrays")
 
 
 @patch(
@@ -221,6 +222,9 @@ def container_add(original: Function, patch: Patch) -> Function:
                 return
             pieces = Pieces(self.padding_index)
             setattr(self, _PIECES, pieces)
+            # On the container itself until it gives its arrays: a `disable()` meanwhile would lose what it holds.
+            for name in _METHODS:
+                setattr(self, name, getattr(self, name))
         pieces.add(tensors)
 
     return add
@@ -255,7 +259,8 @@ def container_get_arrays(original: Function, patch: Patch) -> Function:
     def get_arrays(self: Any) -> Any:
         pieces = getattr(self, _PIECES, None)
         if pieces is not None:
-            delattr(self, _PIECES)
+            for name in (_PIECES, *_METHODS):
+                delattr(self, name)
             self.tensors = pieces.merge()
         return original(self)
 
