@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from hf_packfix import versions
 from hf_packfix._version import __version__
 from hf_packfix.notices import is_main_process, warn_once
-from hf_packfix.switch import VARIABLE, switch, value
+from hf_packfix.switch import ACCEPTED, VARIABLE, switch, value
 
 if TYPE_CHECKING:
     from hf_packfix.patches import Patch, PatchStatus
@@ -137,6 +137,10 @@ def activate_on_import() -> None:
     asks = switch()
     if asks == "off":
         _why_inactive = f"{VARIABLE}={value()} keeps it off"
+        return
+    if asks is None:
+        accepted = ", ".join(word for words in ACCEPTED.values() for word in words)
+        _why_inactive = f"{VARIABLE}={value()!r} is not one of: {accepted}; nothing is activated"
         return
     automatic = bool(getattr(sys.modules.get("_hf_packfix_boot"), "activating", False))
     by = f"{VARIABLE}={value()}" if automatic else "import hf_packfix"

@@ -44,6 +44,7 @@ PARTS = {
         "each_patch_is_needed",
         "evaluate",
         "hand_over",
+        "imports_in_threads",
         "older_upstream",
         "packed",
         "prepare_input",

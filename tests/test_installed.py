@@ -123,6 +123,7 @@ def test_status_says_what_activated_it(installed):
     assert installed.run("-c", code, variable="true").stdout == "activated by HF_PACKFIX=true\n"
     assert installed.run("-c", code).stdout == "activated by import hf_packfix\n"
     assert installed.run("-c", code, variable="0").stdout == "HF_PACKFIX=0 keeps it off\n"
+    assert "HF_PACKFIX='maybe' is not one of: 1, true" in installed.run("-c", code, variable="maybe").stdout
     assert installed.run("-E", "-c", code, variable="0").stdout == "activated by import hf_packfix\n"
 
 
