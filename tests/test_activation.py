@@ -305,7 +305,7 @@ def test_threads_may_toggle_at_once():
 
     def toggle():
         try:
-            for _ in range(50):
+            for _ in range(10):
                 hf_packfix.enable()
                 hf_packfix.disable()
         except Exception as error:
