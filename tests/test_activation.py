@@ -19,6 +19,7 @@ from transformers import Trainer
 import hf_packfix
 from hf_packfix import versions
 from hf_packfix.patches import PATCHES, transformers_trainer
+from tests import interpreters
 from tests.oracle import stock
 from tests.test_prepare_input import bare_trainer, some_pack
 
@@ -27,12 +28,11 @@ PATCH = transformers_trainer.prepare_input
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter."""
-    env = {k: v for k, v in os.environ.items() if k != "HF_PACKFIX"} | environment
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        env=env,
+        env=interpreters.environment() | environment,
         timeout=300,
         check=False,
     )
