@@ -135,7 +135,7 @@ def share_of_patches(cell: str, rows: list[Batch]) -> float:
 
 def run(quick: bool) -> Table:
     """Train a GRU and an LSTM in all four ways."""
-    steps, repeats = (20, 2) if quick else (200, 7)
+    steps, repeats = (20, 2) if quick else (200, 5)
     rows = long_tailed.rows(steps * BATCH, VOCABULARY, LABELS)
     hf_packfix.enable()
     pack = DataCollatorForPackedSequence()
