@@ -270,8 +270,8 @@ def check(packed: PackedSequence, *, wait: bool = True) -> None:
             raise _inconsistent(f"its {name} must be int64 [{sequences}], one a sequence, found {found}")
     if wait or (sorted_indices.is_cpu and unsorted_indices.is_cpu):
         there, back = sorted_indices.tolist(), unsorted_indices.tolist()
-        # Of two maps of one finite set, that one undoes the other makes permutations of both.
-        if any(not 0 <= rank < sequences or there[rank] != place for place, rank in enumerate(back)):
+        places = list(range(sequences))
+        if sorted(back) != places or [there[rank] for rank in back] != places:
             raise _inconsistent(
                 f"its sorted_indices and unsorted_indices must be inverse permutations of each other, found "
                 f"{there} and {back}"

@@ -171,34 +171,48 @@ def _handles_item_count(original: Function) -> bool:
     handled=_handles_item_count,
 )
 def get_num_items_in_batch(original: Function, patch: Patch) -> Function:
-    """Let the original count rectangles padded with -100: it knows whether the loss shifts labels."""
-    with_padded_labels = _label_padder()
+    """Let the original count in tensors filled with -100: it knows whether the loss shifts labels."""
+    with_countable_labels = _label_converter()
 
     def _get_num_items_in_batch(self: Any, batch_samples: Any, *args: Any, **kwargs: Any) -> Any:
         if patch.active:
-            batch_samples = list(map(with_padded_labels, batch_samples))
+            batch_samples = list(map(with_countable_labels, batch_samples))
         return original(self, batch_samples, *args, **kwargs)
 
     return _get_num_items_in_batch
 
 
-def _label_padder() -> Function:
-    """Return the function that puts rectangles ``[B, T]``, padded with -100, for packed labels of a batch.
+def _label_converter() -> Function:
+    """Return the function that puts tensors, in which the original can count, for packed labels of a batch.
 
     Every training batch comes through it, still as the data loader gave it: here packs whose fields contradict each
     other are found, on which torch's recurrent layers may compute something.
     """
+    from torch import Tensor
+
     from hf_packfix.nested import check_batch
     from hf_packfix.packed import PackedSequence, pad
 
-    def with_padded_labels(batch: Any) -> Any:
+    def with_countable_labels(batch: Any) -> Any:
         if type(batch) is not dict and not isinstance(batch, Mapping):
             return batch
         check_batch(batch)
         packed = [key for key in ("labels", "shift_labels") if isinstance(batch.get(key), PackedSequence)]
-        return {**batch, **{key: pad(batch[key], -100) for key in packed}} if packed else batch
+        return {**batch, **{key: countable(batch[key]) for key in packed}} if packed else batch
 
-    return with_padded_labels
+    def countable(labels: PackedSequence) -> Tensor:
+        data = labels.data
+        if data.dim() != 1 or not len(data):
+            return pad(labels, -100)
+        # No rectangle: where the loss shifts labels, the original counts in `labels[..., 1:]`, and the first step of
+        # every sequence stands before all others in `data`. So [N, 2]: first steps, and the others.
+        first = int(labels.batch_sizes[0])
+        columns = data.new_full((2, len(data)), -100)
+        columns[0, :first] = data[:first]
+        columns[1, first:] = data[first:]
+        return columns.T
+
+    return with_countable_labels
 
 
 def _counts_elsewhere(original: Function) -> bool:
@@ -219,7 +233,7 @@ def get_batch_samples(original: Function, patch: Patch) -> Function:
     What comes back are the batches of the iterator. Where the loop counts tokens, their main input is a
     :class:`~hf_packfix.packed.Countable` until ``_prepare_input`` turns it back.
     """
-    with_padded_labels = _label_padder()
+    with_countable_labels = _label_converter()
 
     def get_batch_samples(self: Any, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
         if not patch.active:
@@ -231,7 +245,7 @@ def get_batch_samples(original: Function, patch: Patch) -> Function:
 
             def countable(batch: Any) -> Any:
                 taken.append(batch)
-                return with_padded_labels(batch)
+                return with_countable_labels(batch)
 
             _, items = original(self, map(countable, epoch_iterator), *args, **kwargs)
             batches = taken
