@@ -100,12 +100,15 @@ class DataCollatorForPackedSequence:
 
     def _collate(self, key: str, values: list[Tensor]) -> Tensor | PackedSequence:
         packs = key in self.packed_keys or (key not in self.tensor_keys and values[0].dim() > 0)
-        for row, value in enumerate(values):
-            _check_like_first(key, row, value, values[0], packs=packs)
+        shapes = [tuple(value.shape) for value in values]
+        alike = {shape[1:] for shape in shapes} if packs else set(shapes)
+        if len(alike) > 1 or (packs and not all(shape and shape[0] for shape in shapes)):
+            for row, value in enumerate(values):
+                _check_like_first(key, row, value, values[0], packs=packs)
         values = _promote(key, values)
         if not packs:
             return torch.stack(values)
-        return from_flat(torch.cat(values), torch.tensor([len(value) for value in values]))
+        return from_flat(torch.cat(values), torch.tensor([shape[0] for shape in shapes]))
 
 
 def _columns(features: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -134,6 +137,8 @@ def _is_left_out(value: Any) -> bool:
 
 
 def _tensor(value: Any, key: str, row: int) -> Tensor:
+    if type(value) is Tensor:
+        return value
     if isinstance(value, PackedSequence):
         # torch would read its four fields as rows of numbers, where they have one shape.
         raise ValueError(
@@ -171,6 +176,7 @@ def _check_labels(labels: Tensor, input_ids: list[Tensor] | None, keep: Tensor, 
 
 
 def _check_like_first(key: str, row: int, value: Tensor, first: Tensor, *, packs: bool) -> None:
+    """Raise where a row is not like the first one, or cannot be packed."""
     if not packs and value.shape != first.shape:
         raise ValueError(
             f"{key!r} of row {row} has shape {list(value.shape)}, but row 0 has {list(first.shape)}: what is "

@@ -6,7 +6,7 @@ PackedSequence is a leaf: nothing here looks into its fields.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from numpy import ndarray
@@ -15,17 +15,18 @@ from torch.nn.utils.rnn import PackedSequence
 
 from hf_packfix.packed import check
 
-__all__ = ["check_batch", "contains", "contains_namedtuple", "graft", "is_namedtuple", "rebuild", "replace"]
+__all__ = ["LEAVES", "check_batch", "contains", "contains_namedtuple", "graft", "is_namedtuple", "rebuild", "replace"]
 
-# What a batch mostly holds. Asked for first, since whether something is a `Mapping`, an abstract class, takes
-# several times as long to find out; subclasses of these take that way.
-_LEAVES = frozenset({Tensor, ndarray, str, int, float, bool, type(None)})
+#: What a batch mostly holds. Asked for first, since whether something is a ``Mapping``, an abstract class, takes
+#: several times as long to find out; subclasses of these take that way.
+LEAVES = frozenset({Tensor, ndarray, str, int, float, bool, type(None)})
 
 
-def check_batch(batch: Mapping[str, Any]) -> None:
-    """Raise where a PackedSequence in a batch contradicts itself; see :func:`hf_packfix.packed.check`.
+def check_batch(batch: Any) -> bool:
+    """Tell whether a batch is a mapping with a PackedSequence in it, none of which contradicts itself.
 
-    Index tensors on another device than the CPU are taken as they are, so that no step waits for one.
+    What contradicts is in :func:`hf_packfix.packed.check`. Index tensors on another device than the CPU are taken as
+    they are, so that no step waits for one.
 
     Raises:
         ValueError: naming the key and the fields.
@@ -35,28 +36,46 @@ def check_batch(batch: Mapping[str, Any]) -> None:
         check(packed, wait=False)
         return packed
 
+    if type(batch) is not dict and not isinstance(batch, Mapping):
+        return False
+    found = False
     for key, value in batch.items():
-        if contains(value):
+        # The first half says no more than the second, without a call: everybody's every batch comes through here.
+        if type(value) not in LEAVES and contains(value):
+            found = True
             try:
                 replace(checked, value)
             except ValueError as error:
                 raise ValueError(f"{key!r} in the batch: {error}") from None
+    return found
 
 
-def contains(tree: Any) -> bool:
-    """Tell whether there is a PackedSequence anywhere in ``tree``."""
-    if type(tree) in _LEAVES:
+def contains(tree: Any, kind: type = PackedSequence, leaves: Collection[type] = LEAVES) -> bool:
+    """Tell whether there is a PackedSequence anywhere in ``tree``.
+
+    Args:
+        tree: a nested batch, or what describes one.
+        kind: what to look for instead of a PackedSequence.
+        leaves: types that are not to be looked into.
+    """
+    if type(tree) in leaves:
         return False
-    if isinstance(tree, (tuple, list)):
-        return isinstance(tree, PackedSequence) or any(map(contains, tree))
-    if isinstance(tree, Mapping):
-        return any(map(contains, tree.values()))
+    if isinstance(tree, kind):
+        return True
+    if type(tree) is dict or isinstance(tree, Mapping):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return False
+    # The question at the top, asked without a call, and a loop, since `any` would take a generator as well.
+    for item in tree:  # noqa: SIM110
+        if type(item) not in leaves and contains(item, kind, leaves):
+            return True
     return False
 
 
 def contains_namedtuple(tree: Any) -> bool:
     """Tell whether there is a named tuple, a PackedSequence or another, in ``tree``."""
-    if type(tree) in _LEAVES:
+    if type(tree) in LEAVES:
         return False
     if isinstance(tree, tuple) and is_namedtuple(tree):
         return True
@@ -73,7 +92,7 @@ def replace(function: Callable[[PackedSequence], Any], tree: Any) -> Any:
     Containers on the way to one are rebuilt in their own type; everything else, and a tree without a
     PackedSequence, comes back as the same object.
     """
-    if type(tree) in _LEAVES:
+    if type(tree) in LEAVES:
         return tree
     if isinstance(tree, PackedSequence):
         return function(tree)

@@ -147,7 +147,7 @@ def get_data_structure(original: Function, patch: Patch) -> Function:
         return PackedInformation(data.shape, data.dtype, steps, batch_size(packed), packed.sorted_indices is None)
 
     def get_data_structure(data: Any) -> Any:
-        return original(nested.replace(describe, data) if patch.active else data)
+        return original(nested.replace(describe, data) if patch.active and nested.contains(data) else data)
 
     return get_data_structure
 
@@ -160,8 +160,12 @@ def get_data_structure(original: Function, patch: Patch) -> Function:
 def initialize_tensors(original: Function, patch: Patch) -> Function:
     """Make a PackedSequence of the right sizes on the CPU, to be filled by ``broadcast``."""
     import torch
+    from accelerate.utils.operations import TensorInformation, recursively_apply
 
+    from hf_packfix import nested
     from hf_packfix.packed import PackedSequence
+
+    described = {TensorInformation}
 
     def make(information: PackedInformation) -> PackedSequence:
         return PackedSequence(
@@ -171,10 +175,8 @@ def initialize_tensors(original: Function, patch: Patch) -> Function:
         )
 
     def initialize_tensors(data_structure: Any) -> Any:
-        from accelerate.utils.operations import recursively_apply
-
         tensors = original(data_structure)
-        if not patch.active:
+        if not (patch.active and nested.contains(data_structure, PackedInformation, described)):
             return tensors
         return recursively_apply(make, tensors, test_type=lambda item: isinstance(item, PackedInformation))
 

@@ -32,52 +32,10 @@ def prepare_input(original: Function, patch: Patch) -> Function:
     """Move the fields that must move; ``data`` goes through the ``_prepare_input`` of a subclass that has its own.
 
     Other named tuples stumble over the same line of the original, and are rebuilt from their fields.
-
-    The hottest patch: called for every leaf of every batch. The function that stands in for the original is as
-    small as can be, since every instruction of it shows, and what batches are mostly made of is told by its type.
-    ``issubclass``, unlike ``isinstance``, does not also ask a value for its ``__class__``; whether the patch is
-    active is asked only for what is ours.
     """
-    from torch import Tensor
+    from hf_packfix.patches import prepare_input
 
-    from hf_packfix.nested import is_namedtuple, rebuild
-    from hf_packfix.packed import Countable, PackedSequence, with_data
-
-    # Nobody stands between: of a tensor, upstream's own function does just this much, but for DeepSpeed's cast.
-    upstream = getattr(original, "__globals__", None) is vars(sys.modules[patch.module])
-
-    def _prepare_input(self: Any, data: Any) -> Any:
-        kind = type(data)
-        if kind is not Tensor and kind is not dict and kind is not tuple and issubclass(kind, tuple) and patch.active:
-            return prepare_tuple(self, data)
-        return original(self, data)
-
-    def prepare_tuple(trainer: Any, data: tuple[Any, ...]) -> Any:
-        if isinstance(data, PackedSequence):
-            packed = data.plain() if isinstance(data, Countable) else data
-            arguments, prepare = trainer.args, trainer._prepare_input
-            # What the property `n_gpu` returns, which takes longer than a tensor that need not move.
-            if getattr(arguments, "_n_gpu", 1) > 1:
-                raise ValueError(_DATA_PARALLEL.format(arguments.n_gpu))
-            direct = upstream and getattr(prepare, "__func__", None) is _prepare_input
-            if not direct or trainer.is_deepspeed_enabled:
-                return with_data(packed, prepare(packed.data))
-            tensor, device = packed.data, arguments.device
-            return with_data(packed, tensor if tensor.device == device else tensor.to(device))
-        if is_namedtuple(data):
-            return rebuild(data, [trainer._prepare_input(item) for item in data])
-        return original(trainer, data)
-
-    return _prepare_input
-
-
-# Said here, before the first forward: `DataParallel.scatter` would split the fields of a pack one by one and
-# die on `batch_sizes` with a message that names neither the cause nor a way out.
-_DATA_PARALLEL = (
-    "nn.DataParallel, which the Trainer uses for {0} GPUs without a launcher, cannot split a PackedSequence. Start a "
-    "process for each GPU, with `torchrun --nproc-per-node {0} SCRIPT` or `accelerate launch --num_processes {0} "
-    "SCRIPT`, or let the Trainer see one GPU alone (CUDA_VISIBLE_DEVICES=0)."
-)
+    return prepare_input.wrap(original, patch)
 
 
 def _handles_floating_point_ops(original: Function) -> bool:
@@ -194,9 +152,8 @@ def _label_converter() -> Function:
     from hf_packfix.packed import PackedSequence, pad
 
     def with_countable_labels(batch: Any) -> Any:
-        if type(batch) is not dict and not isinstance(batch, Mapping):
+        if not check_batch(batch):
             return batch
-        check_batch(batch)
         packed = [key for key in ("labels", "shift_labels") if isinstance(batch.get(key), PackedSequence)]
         return {**batch, **{key: countable(batch[key]) for key in packed}} if packed else batch
 

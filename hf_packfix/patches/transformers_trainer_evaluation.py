@@ -51,19 +51,16 @@ def prediction_step(original: Function, patch: Patch) -> Function:
     from hf_packfix.nested import check_batch
 
     def prediction_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if patch.active:
-            if isinstance(inputs, Mapping):
-                check_batch(inputs)
-            if self.compute_metrics is not None and _evaluating.get():
-                _warn_of_uncovered_labels(self, inputs)
+        if patch.active and check_batch(inputs) and self.compute_metrics is not None and _evaluating.get():
+            _warn_of_uncovered_labels(self, inputs)
         return original(self, model, inputs, *args, **kwargs)
 
     return prediction_step
 
 
-def _warn_of_uncovered_labels(trainer: Any, inputs: Any) -> None:
+def _warn_of_uncovered_labels(trainer: Any, inputs: Mapping[str, Any]) -> None:
     names = trainer.label_names
-    if not isinstance(inputs, Mapping) or (names and all(inputs.get(name) is not None for name in names)):
+    if names and all(inputs.get(name) is not None for name in names):
         return
     from hf_packfix import nested
 

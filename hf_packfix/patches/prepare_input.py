@@ -1,0 +1,63 @@
+"""What ``Trainer._prepare_input`` is taught: to move PackedSequences, and to rebuild other named tuples."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from hf_packfix.nested import LEAVES, is_namedtuple, rebuild
+from hf_packfix.packed import Countable, PackedSequence, with_data
+from hf_packfix.patches.patch import Function, Patch
+
+# What batches are mostly made of. None of these is a named tuple, and to look a type up takes less than to ask a
+# value what it is.
+_ORDINARY = LEAVES | {dict, list, tuple}
+
+# Said here, before the first forward: `DataParallel.scatter` would split the fields of a pack one by one and
+# die on `batch_sizes` with a message that names neither the cause nor a way out.
+_DATA_PARALLEL = (
+    "nn.DataParallel, which the Trainer uses for {0} GPUs without a launcher, cannot split a PackedSequence. Start a "
+    "process for each GPU, with `torchrun --nproc-per-node {0} SCRIPT` or `accelerate launch --num_processes {0} "
+    "SCRIPT`, or let the Trainer see one GPU alone (CUDA_VISIBLE_DEVICES=0)."
+)
+
+
+def wrap(original: Function, patch: Patch) -> Function:
+    """Return a ``_prepare_input`` that knows named tuples.
+
+    The hottest patch: called for every leaf of every batch, so that every instruction shows, and every variable that
+    it has from here, which Python copies at each call. What is not ours is asked for nothing but its type.
+
+    Args:
+        original: ``_prepare_input``, which calls itself through the Trainer for what is nested.
+        patch: the patch that the wrapper belongs to.
+    """
+    # Nobody stands between: of a tensor, upstream's own function does just this much, but for DeepSpeed's cast.
+    upstream = getattr(original, "__globals__", None) is vars(sys.modules[patch.module])
+
+    def _prepare_input(self: Any, data: Any) -> Any:
+        if type(data) in _ORDINARY or not isinstance(data, tuple):
+            return original(self, data)
+        return prepare_tuple(self, data)
+
+    def prepare_tuple(trainer: Any, data: tuple[Any, ...]) -> Any:
+        if patch.active:
+            if isinstance(data, PackedSequence):
+                return prepare_packed(trainer, data)
+            if is_namedtuple(data):
+                return rebuild(data, [trainer._prepare_input(item) for item in data])
+        return original(trainer, data)
+
+    def prepare_packed(trainer: Any, data: PackedSequence) -> PackedSequence:
+        packed = data.plain() if isinstance(data, Countable) else data
+        arguments, prepare = trainer.args, trainer._prepare_input
+        # What the property `n_gpu` returns, which takes longer than a tensor that need not move.
+        if getattr(arguments, "_n_gpu", 1) > 1:
+            raise ValueError(_DATA_PARALLEL.format(arguments.n_gpu))
+        direct = upstream and getattr(prepare, "__func__", None) is _prepare_input
+        if not direct or trainer.is_deepspeed_enabled:
+            return with_data(packed, prepare(packed.data))
+        tensor, device = packed.data, arguments.device
+        return with_data(packed, tensor if tensor.device == device else tensor.to(device))
+
+    return _prepare_input
