@@ -217,8 +217,10 @@ def _put_on_loaded(name: str) -> None:
     _torch_is_loaded = _torch_is_loaded or name == "torch" or _is_complete("torch")
     if _activated_by is None or not _torch_is_loaded:
         return
+    due = [patch for patch in _patches() if name in (patch.module, "torch")]
     try:
-        _put_on(p for p in _patches() if name in (p.module, "torch"))
+        # What is applied was put on a moment ago, by `enable()`, which asks for the hooks of loaded modules as well.
+        _put_on(patch for patch in due if patch.status(True).state != "applied")
     except Exception as error:
         logger.debug("could not patch %s", name, exc_info=True)
         # Once: what is wrong with us fails in the hook of every module.
@@ -297,6 +299,8 @@ def _announce() -> None:
     if "transformers.trainer" not in sys.modules or "applied" not in states or not is_main_process():
         return
     _announced = True
+    if not logger.isEnabledFor(logging.INFO):  # the versions below are read from files
+        return
     logger.info(
         "hf_packfix %s activated by %s: %d patches applied, %d pending; transformers %s, accelerate %s, torch %s",
         __version__,

@@ -181,7 +181,8 @@ def test_disable_puts_the_very_same_objects_back():
     for patch in PATCHES:
         assert patch.status(True).state not in ("refused", "off"), str(patch.status(True))
         if patch.active:
-            originals[patch.target] = patch._layers[-1].original
+            standing = patch._current()
+            (originals[patch.target],) = (x.original for x in patch._layers if x.wrapper is standing)
     hf_packfix.disable()
     assert not hf_packfix.is_enabled()
     assert vars(Trainer)["_prepare_input"] is originals["transformers.trainer:Trainer._prepare_input"]

@@ -146,7 +146,7 @@ def _label_converter() -> Function:
     Every training batch comes through it, still as the data loader gave it: here packs whose fields contradict each
     other are found, on which torch's recurrent layers may compute something.
     """
-    from torch import Tensor
+    import torch
 
     from hf_packfix.nested import check_batch
     from hf_packfix.packed import PackedSequence, pad
@@ -157,17 +157,15 @@ def _label_converter() -> Function:
         packed = [key for key in ("labels", "shift_labels") if isinstance(batch.get(key), PackedSequence)]
         return {**batch, **{key: countable(batch[key]) for key in packed}} if packed else batch
 
-    def countable(labels: PackedSequence) -> Tensor:
+    def countable(labels: PackedSequence) -> torch.Tensor:
         data = labels.data
-        if data.dim() != 1 or not len(data):
+        rows = len(data)
+        if data.dim() != 1 or not rows:
             return pad(labels, -100)
-        # No rectangle: where the loss shifts labels, the original counts in `labels[..., 1:]`, and the first step of
-        # every sequence stands before all others in `data`. So [N, 2]: first steps, and the others.
-        first = int(labels.batch_sizes[0])
-        columns = data.new_full((2, len(data)), -100)
-        columns[0, :first] = data[:first]
-        columns[1, first:] = data[first:]
-        return columns.T
+        # No rectangle of the sequences: where the loss shifts labels, the original counts in `labels[..., 1:]`, and
+        # the B first steps stand before all others in `data`. So they are the first column of [B, N / B, rounded up].
+        sequences = int(labels.batch_sizes[0])
+        return torch.nn.functional.pad(data, (0, -rows % sequences), value=-100).view(-1, sequences).T
 
     return with_countable_labels
 
