@@ -278,6 +278,18 @@ def test_torch_itself_says_nothing():
         gru(pack._replace(**SPOILT[fault](pack)))
 
 
+@pytest.mark.parametrize("name", ["sorted_indices", "unsorted_indices"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_index_tensors_of_another_number_of_sequences(name, device):
+    pack = pack_sequence([torch.ones(n) for n in (1, 3, 2)], enforce_sorted=False)
+    indices = getattr(pack, name)
+    for wrong in (indices[:-1], torch.cat([indices, indices[:1]])):
+        with pytest.raises(
+            ValueError, match=rf"its {name} must be int64 \[3\], one a sequence, found .*\[{len(wrong)}\]"
+        ):
+            packed.check(pack._replace(**{name: wrong.to(device)}), wait=False)
+
+
 def test_packs_inside_lists_are_looked_at(tmp_path):
     def collate(features: Any) -> Any:
         batch = packed_batch(features)

@@ -45,6 +45,17 @@ def test_upstream_is_what_the_patch_was_written_for(patch):
             )
 
 
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.path)
+def test_what_a_caller_leaves_out_means_what_it_means_upstream(patch):
+    wrapper = _resolve(import_module(patch.module), patch.path)[2]
+    if drift.state_here(patch) != "applied":
+        return  # no wrapper of ours there, as the next test makes sure
+    theirs = inspect.signature(wrapper.__wrapped__).parameters
+    for name, parameter in inspect.signature(wrapper, follow_wrapped=False).parameters.items():
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            assert parameter.default == theirs[name].default, f"{name} of {patch.target}"
+
+
 def test_every_state_is_the_expected_one():
     for patch in PATCHES:
         import_module(patch.module)

@@ -123,6 +123,15 @@ def test_rectangles_that_remember_nothing_in_between(plain):
     assert_same_tree(found, expected)
 
 
+@pytest.mark.parametrize("count", [1, len(LENGTHS)])
+def test_rectangles_that_remember_nothing_beside_others(count):
+    trees = [rectangles(tree) for tree in batches()[:count]]
+    found = collect([{"kept flat": tree, "as it is": forgetful(tree)} for tree in trees])
+    with stock():
+        expected = collect([{"kept flat": forgetful(tree), "as it is": forgetful(tree)} for tree in trees])
+    assert_same_tree(found, expected)
+
+
 def test_without_concatenation_the_batches_stay_apart():
     found = collect([rectangles(tree) for tree in batches()], do_nested_concat=False)
     assert [array.shape for array, _ in found] == [(len(lengths), max(lengths), 2) for lengths in LENGTHS]

@@ -145,6 +145,15 @@ def test_number_of_items(tmp_path, shifts):
     assert silent is None
 
 
+def test_number_of_items_with_two_labels_a_step(tmp_path):
+    trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
+    twofold = [{**row, "labels": torch.stack([row["labels"], row["labels"].clamp(min=0)], -1)} for row in rows(5)]
+    packed = count_items(trainer, [packed_batch(twofold)])
+    with stock():
+        padded = count_items(trainer, [padded_batch(twofold)])
+    assert int(packed) == int(padded) > sum(len(row["labels"]) for row in twofold)
+
+
 def test_number_of_items_takes_shift_labels_as_they_are(tmp_path):
     trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
     trainer._loss_shifts_labels = True
