@@ -137,7 +137,11 @@ def compare(counts: tuple[int, int, int], repeats: int, processes: int) -> tuple
     ends = [f"{PACKED}, {count} rows{where}" for count in (many, few)]
     # Of its own, and more often: seconds, not minutes.
     growth = interleave(
-        {name: lambda count=count: seconds(PACKED, count) for name, count in zip(ends, (many, few), strict=True)}, 5
+        {
+            name: lambda count=count: in_processes(PACKED, count, processes)["seconds"]
+            for name, count in zip(ends, (many, few), strict=True)
+        },
+        5,
     )
     rows: list[Row] = [
         ratio(growth, *ends, bar=4.4),
