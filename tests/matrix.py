@@ -44,6 +44,7 @@ PARTS = {
         "hand_over",
         "older_upstream",
         "packed",
+        "patch",
         "prepare_input",
         "probes",
         "properties",

@@ -240,66 +240,6 @@ def test_an_overwritten_patch_is_seen_and_put_back():
     assert vars(Trainer)["_prepare_input"] is original
 
 
-def test_functions_imported_by_name_are_patched_and_restored_everywhere():
-    # A method lives on its class alone; a module's function is the harder case.
-    result = run(
-        """
-        import sys, types
-        upstream = types.ModuleType("upstream"); exec("def f(x):\\n    return x", vars(upstream))
-        importer = types.ModuleType("importer"); importer.f = upstream.f
-        sys.modules |= {"upstream": upstream, "importer": importer}
-        original = upstream.f
-        from hf_packfix.patches.patch import patch
-        @patch("upstream:f", reason="r", parameters=("x",))
-        def p(original, patch):
-            return lambda x: ("ours", original(x)) if patch.active else original(x)
-        p.put_on(); p.put_on()
-        assert importer.f is upstream.f is not original
-        assert importer.f(1) == ("ours", 1)
-        late = types.ModuleType("late"); late.f = upstream.f; sys.modules["late"] = late
-        p.take_off()
-        assert importer.f is upstream.f is late.f is original
-        """
-    )
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.parametrize(
-    ("source", "state", "detail"),
-    [
-        ("", "not-applicable", "has no C.f"),
-        ("class C:\n    def f(self, other): return 0", "refused", "expected the parameters (self, data)"),
-        ("class C:\n    def f(self, data): return 'handled'", "not-needed", "handles PackedSequence"),
-        ("class C:\n    def f(self, data): return 0", "applied", ""),
-        ("class B:\n    def f(self, data): return 0\nclass C(B): pass", "not-applicable", "has no C.f"),
-        ("class C:\n    f = 3", "refused", "expected a function"),
-    ],
-)
-def test_states_of_a_patch(monkeypatch, source, state, detail):
-    import types
-
-    from hf_packfix.patches.patch import patch
-
-    module = types.ModuleType("upstream_of_this_test")
-    exec(source, vars(module))
-    monkeypatch.setitem(sys.modules, "upstream_of_this_test", module)
-
-    @patch(
-        "upstream_of_this_test:C.f",
-        reason="a reason",
-        parameters=("self", "data"),
-        handled=lambda function: function(None, None) == "handled",
-    )
-    def declared(original, patch):
-        return lambda self, data: "handled"
-
-    declared.put_on()
-    status = declared.status(True)
-    assert (status.state, status.reason) == (state, "a reason")
-    assert detail in status.detail
-    declared.take_off()
-
-
 def test_threads_may_toggle_at_once():
     original = vars(Trainer)["_prepare_input"].__wrapped__
     errors = []

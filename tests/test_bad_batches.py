@@ -6,6 +6,7 @@ that ``batch_sizes`` do not reach, and hand a row the state of another one.
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers.trainer_pt_utils import (
 from transformers.trainer_utils import EvalPrediction
 
 import hf_packfix
-from hf_packfix import DataCollatorForPackedSequence, packed
+from hf_packfix import DataCollatorForPackedSequence, nested, packed
 from tests.oracle import (
     Classifier,
     PlainTagger,
@@ -421,3 +422,11 @@ def test_the_collator_refuses_what_is_packed_already():
     pack = pack_sequence([torch.tensor([5])], enforce_sorted=False)
     with pytest.raises(ValueError, match="'input_ids' of row 1 is a PackedSequence already"):
         DataCollatorForPackedSequence()([{"input_ids": [1, 2]}, {"input_ids": pack}])
+
+
+def test_which_batches_are_looked_at():
+    pack = pack_sequence([torch.tensor([5])], enforce_sorted=False)
+    for batch in ({"x": pack}, {"n": 1, "x": [{"y": (pack, None)}]}, UserDict(x=pack)):
+        assert nested.check_batch(batch) is True
+    for batch in ({}, {"x": [torch.ones(1)], "y": {"z": ()}, "t": torch.ones(1)}, UserDict(x=[1]), [pack], pack, None):
+        assert nested.check_batch(batch) is False

@@ -19,6 +19,8 @@ from torch.nn.utils.rnn import pack_sequence
 
 import hf_packfix
 from hf_packfix import packed as packing
+from hf_packfix.patches import accelerate_utils_operations
+from hf_packfix.ragged import is_remembered
 from tests.distributed_worker import numbered, scenarios
 from tests.installed import ROOT
 from tests.oracle import PlainTagger, Tagger, count_real_tokens, new_trainer, packed_batch, padded_batch, rows, stock
@@ -218,6 +220,54 @@ def test_operations(wrap):
         assert rectangle.tolist() == [[0, 1, 2, 3], [10, -100, -100, -100], [20, 21, -100, -100]]
     for rectangle in leaves(operations.pad_across_processes(wrap(pack), dim=1, pad_index=7)):
         assert rectangle.tolist() == [[0, 1, 2, 3], [10, 7, 7, 7], [20, 21, 7, 7]]
+
+
+@pytest.mark.parametrize("trailing", [(), (5,), (5, 6)])
+def test_the_shape_of_a_pack_is_that_of_its_rectangle(trailing):
+    pack = pack_sequence([torch.zeros(length, *trailing) for length in (2, 4, 1)], enforce_sorted=False)
+    with stock():
+        expected = operations.get_shape([packing.pad(pack)])
+    assert operations.get_shape([pack]) == expected == [[3, 4, *trailing]]
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("pad_first", [False, True])
+def test_what_is_padded_across_processes(monkeypatch, dim, pad_first):
+    # What a process alone leaves as it is: by how the original is called, first for the steps, then as asked.
+    patch = accelerate_utils_operations.pad_across_processes
+    monkeypatch.setattr(patch, "active", True)
+    calls = []
+
+    def original(tree, **options):
+        calls.append((tree, options))
+        return tree
+
+    pack = two_packs()[2]
+    found = patch._make(original, patch)([pack], dim=dim, pad_index=-100, pad_first=pad_first)
+    expected = packing.pad(pack, -100)
+    assert torch.equal(found[0], expected)
+    options = {"pad_index": -100, "pad_first": pad_first}
+    *steps, (tree, whole) = calls
+    assert isinstance(tree, list)
+    assert whole == {"dim": dim, **options}
+    assert [each for _, each in steps] == ([] if dim == 1 else [{"dim": 1, **options}])
+    # The evaluation loop asks for just this, and keeps it flat; nobody else's rectangle remembers its lengths.
+    assert is_remembered(found[0]) is (dim == 1 and not pad_first)
+    assert not is_remembered(patch._make(original, patch)([pack], dim=1, pad_index=0)[0])
+
+
+@pytest.mark.parametrize("use", ["gather", "gather_for_metrics"])
+def test_gathering_asks_for_rectangles_of_one_width(monkeypatch, use):
+    from accelerate import Accelerator
+
+    calls = []
+    original = operations.pad_across_processes
+    monkeypatch.setattr(operations, "pad_across_processes", lambda x, **o: calls.append(o) or original(x, **o))
+    if use == "gather":
+        operations.gather([two_packs()[2]])
+    else:
+        Accelerator(cpu=True).gather_for_metrics([two_packs()[2]])
+    assert calls == [{"dim": 1, "pad_index": -100}]
 
 
 @pytest.mark.parametrize(

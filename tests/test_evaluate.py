@@ -473,6 +473,27 @@ def test_labels_under_another_name_are_named_once(tmp_path):
     assert messages(trainer, "predict", rows()) == []
 
 
+def test_labels_beside_what_a_label_name_covers(tmp_path):
+    def two_targets(features):
+        batch = packed_batch(features)
+        return {"x": batch["input_ids"], "more": batch["input_ids"], "targets": batch.pop("labels")}
+
+    trainer = new_trainer(
+        tmp_path,
+        OtherNames,
+        rows(),
+        two_targets,
+        options={"compute_metrics": Recorder()},
+        remove_unused_columns=False,
+        label_names=["labels", "scores"],
+    )
+    trainer.model.forward = lambda x, more, targets: OtherNames.forward(trainer.model, x, targets)
+    (message,) = messages(trainer, "evaluate", None)
+    assert "label_names is ['labels', 'scores'], the batch has the keys ['x', 'more', 'targets']" in message
+    assert "no label name covers ['x', 'more', 'targets']" in message
+    assert "TrainingArguments(label_names=['targets'])" in message
+
+
 def test_no_word_where_there_is_nothing_to_say(tmp_path):
     named = new_trainer(
         tmp_path, PlainTagger, rows(), packed_batch, options={"compute_metrics": Recorder()}, label_names=["labels"]

@@ -65,7 +65,7 @@ def test_moved_means_every_field_that_must_and_no_other():
     assert not probe.is_on_meta(tuple(on_meta()))
 
 
-@pytest.mark.parametrize("factor", [6, 2])
+@pytest.mark.parametrize("factor", [6, 2, 7])
 def test_operations_count_the_tokens_three_times_the_parameters_twice(factor):
     def counting(trainer: Any, inputs: Any) -> Any:
         if isinstance(inputs["x"], PackedSequence):
@@ -88,6 +88,51 @@ def test_tokens_counted_and_items(counted, expected):
 
     assert transformers_trainer._handles_token_count(tokens) is expected
     assert transformers_trainer._handles_item_count(items) is expected
+
+
+PACK = probe.packed()
+
+
+def scaled(factor: float) -> Any:
+    """Return a smoother that knows packs, and gives so many times the loss for them."""
+
+    def smooth(self: Any, outputs: Any, labels: Any) -> Any:
+        packed = isinstance(labels, PackedSequence)
+        logits, labels = (outputs["logits"].data, labels.data) if packed else (outputs["logits"], labels)
+        assert (self.epsilon, self.ignore_index) == (0.1, -100)
+        return torch.nn.functional.cross_entropy(logits, labels) * (factor if packed else 1)
+
+    return smooth
+
+
+def returning(value: Any) -> Any:
+    return lambda *_: value
+
+
+def of_lengths(*lengths: int) -> PackedSequence:
+    return pack_sequence([torch.arange(length) for length in lengths], enforce_sorted=False)
+
+
+HALF_MADE = {
+    "LabelSmoother.__call__": [scaled(1), scaled(0.5), scaled(2)],
+    "nested_detach": list(map(returning, [PACK, tuple(PACK), PACK.data])),
+    "nested_concat": [returning(torch.zeros(shape)) for shape in [(4, 2), (3, 2), (5, 2), (4, 1), (4, 3), (4, 2, 1)]],
+    "nested_numpify": [returning(torch.zeros(shape)) for shape in [(2, 2), (1, 2), (3, 2), (2, 1), (2, 3), (2, 2, 1)]],
+    "nested_truncate": list(map(returning, [PACK, tuple(PACK)])),
+    "find_batch_size": list(map(returning, [2, 1, 3])),
+    "slice_tensors": [returning(of_lengths(*each)) for each in [(2,), (1,), (3,), (1, 2), (2, 1)]],
+    "concatenate": [returning(of_lengths(*each)) for each in [(1, 2, 1, 2), (1, 2), (1, 1, 2, 2), (1, 2, 1, 3)]],
+    "get_data_structure": list(map(returning, ["described", PACK])),
+    "get_shape": list(map(returning, [[2, 2], PACK])),
+}
+
+
+@pytest.mark.parametrize("patch", [p for p in PROBED if p.path in HALF_MADE], ids=lambda patch: patch.target)
+def test_a_fix_that_is_half_made_does_not_pass(patch):
+    right, *wrong = HALF_MADE[patch.path]
+    assert patch.handled(right) is True
+    for function in wrong:
+        assert not patch.handled(function)
 
 
 @pytest.mark.parametrize("missing", [None, "_get_num_items_in_batch", "_track_num_input_tokens"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from transformers import GenerationConfig, Seq2SeqTrainer
 
+from hf_packfix.patches.transformers_trainer_seq2seq import _for_generation
 from tests.oracle import (
     Classifier,
     OracleConfig,
@@ -127,6 +129,17 @@ def test_a_mask_of_the_batch_is_kept(tmp_path):
     trainer.prediction_step(model, masked, prediction_loss_only=False)
     expected = torch.nn.utils.rnn.pad_sequence([(row["input_ids"] > 3).long() for row in data], batch_first=True)
     assert torch.equal(model.prompts[0]["attention_mask"], expected)
+
+
+def test_a_model_that_says_nothing_of_itself_continues_its_prompts():
+    # No encoder that is known of, and no padding token.
+    pack = pack_sequence([torch.tensor([5]), torch.tensor([7, 8])], enforce_sorted=False)
+    for model in (SimpleNamespace(), SimpleNamespace(config=SimpleNamespace())):
+        given = _for_generation(model, {"input_ids": pack, "labels": pack, "weight": torch.ones(2)})
+        assert list(given) == ["input_ids", "labels", "weight", "attention_mask"]
+        assert given["input_ids"].tolist() == [[0, 5], [7, 8]]
+        assert given["attention_mask"].tolist() == [[0, 1], [1, 1]]
+        assert given["labels"].tolist() == [[5, -100], [7, 8]]
 
 
 def test_without_labels(tmp_path):

@@ -1,0 +1,258 @@
+"""The life of one patch, on an upstream of a few lines: put on, wrapped, overwritten, reloaded, copied, taken off."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import types
+from typing import Any
+
+import pytest
+
+from hf_packfix.patches import Patch
+from hf_packfix.patches.patch import patch
+
+NAME = "upstream_of_these_tests"
+FAILS = "class C:\n    def f(self, data): return 'stock'"
+HANDLES = "class C:\n    def f(self, data): return 'right'"
+
+
+@pytest.fixture
+def upstream(monkeypatch) -> types.ModuleType:
+    module = types.ModuleType(NAME)
+    exec(FAILS, vars(module))
+    monkeypatch.setitem(sys.modules, NAME, module)
+    return module
+
+
+def handles(function: Any) -> bool:
+    return function(None, "packed") == "right"
+
+
+def new_patch(*, handled: Any = handles, path: str = "C.f") -> Patch:
+    """Return a patch that makes ``f`` do what is right."""
+
+    @patch(f"{NAME}:{path}", reason="a reason", parameters=("self", "data"), handled=handled)
+    def declared(original: Any, patch: Patch) -> Any:
+        return lambda self, data: "right" if patch.active else original(self, data)
+
+    return declared
+
+
+def state(of: Patch) -> tuple[str, str]:
+    status = of.status(True)
+    return status.state, status.detail
+
+
+def test_nothing_acts_before_it_is_put_on(upstream):
+    declared = new_patch()
+    assert declared.active is False
+    assert state(declared) == ("pending", "")
+    assert not declared.overwritten()
+    assert declared.status(False).state == "off"
+    assert upstream.C().f(0) == "stock"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected", "detail"),
+    [
+        ("", "not-applicable", "has no C.f here"),
+        ("class B:\n    def f(self, data): return 'stock'\nclass C(B): pass", "not-applicable", "has no C.f here"),
+        ("class C:\n    f = 3", "refused", "expected a function, found int"),
+        (HANDLES, "not-needed", "handles PackedSequence"),
+        (FAILS, "applied", ""),
+    ],
+)
+def test_states(upstream, source, expected, detail):
+    del upstream.C
+    exec(source, vars(upstream))
+    before = dict(vars(upstream))
+    declared = new_patch()
+    declared.put_on()
+    assert state(declared)[0] == expected
+    assert state(declared)[1].endswith(detail)
+    assert declared.active is (expected == "applied")
+    declared.take_off()
+    assert vars(upstream) == before
+
+
+def test_a_module_that_is_not_loaded():
+    declared = new_patch()
+    declared.put_on()
+    assert declared.active is False
+    assert state(declared) == ("pending", "")
+    declared.take_off()
+
+
+def test_on_and_off(upstream):
+    declared, original = new_patch(), vars(upstream.C)["f"]
+    wrappers = []
+    for _ in range(2):
+        for _ in range(2):
+            declared.put_on()
+            assert (declared.active, state(declared)) == (True, ("applied", ""))
+            assert upstream.C().f(0) == "right"
+        wrappers.append(vars(upstream.C)["f"])
+        declared.take_off()
+        assert declared.active is False
+        assert vars(upstream.C)["f"] is original
+        assert wrappers[0](None, 0) == "stock"  # whoever kept it
+    assert wrappers[0] is wrappers[1]
+    assert wrappers[0].__wrapped__ is original
+
+
+@pytest.mark.parametrize("says_what_it_wraps", [True, False])
+@pytest.mark.parametrize("probed", [True, False])
+def test_a_wrapper_around_ours(upstream, says_what_it_wraps, probed):
+    declared = new_patch(handled=handles if probed else None)
+    declared.put_on()
+    ours = vars(upstream.C)["f"]
+
+    def theirs(self, data):
+        return ours(self, data)
+
+    upstream.C.f = functools.wraps(ours)(theirs) if says_what_it_wraps else theirs
+    # Without a word of theirs, and without a probe, nothing can tell.
+    known = says_what_it_wraps or probed
+    assert declared.overwritten() is not known
+    found, detail = state(declared)
+    assert found == ("applied" if known else "refused")
+    assert detail.startswith("wrapped in turn by theirs (" if known else "theirs (")
+    assert (__file__ in detail) is True
+    standing = vars(upstream.C)["f"]
+    declared.put_on()
+    assert (vars(upstream.C)["f"] is standing) is known
+    declared.take_off()
+    assert vars(upstream.C)["f"] is standing
+    assert upstream.C().f(0) == "stock"
+
+
+@pytest.mark.parametrize("what", ["original", "another", "nothing"])
+def test_a_wrapper_that_somebody_removed(upstream, what):
+    declared, original = new_patch(), vars(upstream.C)["f"]
+    declared.put_on()
+    ours = vars(upstream.C)["f"]
+    if what == "nothing":
+        del upstream.C.f
+    else:
+        upstream.C.f = original if what == "original" else lambda self, data: "another"
+    assert declared.overwritten()
+    found, detail = state(declared)
+    assert found == "refused"
+    assert detail.endswith("replaced it after activation; hf_packfix.enable() wraps again")
+    declared.put_on()
+    if what == "nothing":
+        assert state(declared) == ("not-applicable", f"{NAME} has no C.f here")
+        assert declared.active is False
+    else:
+        assert state(declared) == ("applied", "")
+        assert upstream.C().f(0) == "right"
+        assert (vars(upstream.C)["f"] is ours) is (what == "original")
+
+
+def test_upstream_that_does_what_is_right(upstream):
+    exec(HANDLES, vars(upstream))
+    declared, original = new_patch(), vars(upstream.C)["f"]
+    declared.put_on()
+    assert vars(upstream.C)["f"] is original
+    assert declared.active is False
+    assert state(declared)[0] == "not-needed"
+    assert state(declared)[1].startswith("f (<string>:")
+    upstream.C.f = lambda self, data: "right"  # another way to do it
+    assert not declared.overwritten()
+    upstream.C.f = lambda self, data: "wrong"
+    assert declared.overwritten()
+    assert state(declared)[0] == "refused"
+    del upstream.C.f
+    assert declared.overwritten()
+
+
+def test_without_a_probe_it_is_always_put_on(upstream):
+    exec(HANDLES, vars(upstream))
+    declared = new_patch(handled=None)
+    declared.put_on()
+    assert state(declared) == ("applied", "")
+    declared.take_off()
+
+
+@pytest.mark.parametrize("names", ["self", "self, batch", "a, b", "zelf, data", "data, self"])
+def test_other_parameters_are_refused(upstream, names):
+    exec(f"class C:\n    def f({names}): return 'stock'", vars(upstream))
+    declared, original = new_patch(), vars(upstream.C)["f"]
+    declared.put_on()
+    assert state(declared) == ("refused", f"expected the parameters (self, data), found ({names})")
+    assert declared.active is False
+    assert vars(upstream.C)["f"] is original
+
+
+def test_more_parameters_are_no_harm(upstream):
+    exec("class C:\n    def f(self, data, more=None): return 'stock'", vars(upstream))
+    declared = new_patch()
+    declared.put_on()
+    assert state(declared) == ("applied", "")
+
+
+def test_a_class_that_is_defined_again(upstream):
+    declared, old = new_patch(), upstream.C
+    before = vars(old)["f"]
+    declared.put_on()
+    exec(FAILS, vars(upstream))
+    new, after = upstream.C, vars(upstream.C)["f"]
+    assert declared.overwritten()
+    for _ in range(3):
+        declared.put_on()
+        assert (vars(old)["f"].__wrapped__, vars(new)["f"].__wrapped__) == (before, after)
+        assert (old().f(0), new().f(0)) == ("right", "right")
+        declared.take_off()
+        assert (vars(old)["f"], vars(new)["f"]) == (before, after)
+    # One function for two classes is wrapped for each.
+    new.f = before
+    declared.put_on()
+    assert (old().f(0), new().f(0)) == ("right", "right")
+    declared.take_off()
+    assert (vars(old)["f"], vars(new)["f"]) == (before, before)
+
+
+def test_the_last_of_two_copies_has_it(upstream):
+    original = vars(upstream.C)["f"]
+    first, second = new_patch(), new_patch()
+    for last, other in ((second, first), (first, second), (second, first)):
+        other.put_on()
+        last.put_on()
+        assert (last.active, other.active) == (True, False)
+        assert vars(upstream.C)["f"].__wrapped__ is original
+        assert state(last) == ("applied", "")
+        assert other.overwritten()
+        assert state(other)[0] == "refused"
+        other.take_off()  # nothing of it is left
+        assert upstream.C().f(0) == "right"
+    second.take_off()
+    assert vars(upstream.C)["f"] is original
+
+
+def test_a_function_lives_in_all_modules_that_imported_it(upstream, monkeypatch):
+    exec("def f(self, data): return 'stock'", vars(upstream))
+    importer, other = types.ModuleType("importer"), types.ModuleType("other")
+    importer.f = original = upstream.f
+    other.f = lambda self, data: "stock"  # of the same name, and nobody's business
+    untouched = other.f
+    monkeypatch.setitem(sys.modules, "importer", importer)
+    monkeypatch.setitem(sys.modules, "other", other)
+    declared = new_patch(path="f")
+    declared.put_on()
+    assert importer.f is upstream.f is not original
+    assert other.f is untouched
+    late = types.ModuleType("late")
+    late.f = upstream.f
+    monkeypatch.setitem(sys.modules, "late", late)
+    declared.take_off()
+    assert importer.f is upstream.f is late.f is original
+    assert other.f is untouched
+
+
+def test_a_status_is_a_record(upstream):
+    status = new_patch().status(True)
+    assert str(status) == f"{'pending':<14} {NAME}:C.f\n{'':<14}   a reason"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        status.state = "applied"
