@@ -168,6 +168,17 @@ def test_upstream_that_does_what_is_right(upstream):
     assert declared.overwritten()
 
 
+def test_somebody_else_does_what_is_right_meanwhile(upstream):
+    declared = new_patch()
+    declared.put_on()
+    declared.take_off()
+    upstream.C.f = theirs = lambda self, data: "right"
+    declared.put_on()  # what answers is not ours
+    assert state(declared)[0] == "not-needed"
+    assert declared.active is False
+    assert vars(upstream.C)["f"] is theirs
+
+
 def test_without_a_probe_it_is_always_put_on(upstream):
     exec(HANDLES, vars(upstream))
     declared = new_patch(handled=None)
