@@ -426,7 +426,15 @@ def test_the_collator_refuses_what_is_packed_already():
 
 def test_which_batches_are_looked_at():
     pack = pack_sequence([torch.tensor([5])], enforce_sorted=False)
-    for batch in ({"x": pack}, {"n": 1, "x": [{"y": (pack, None)}]}, UserDict(x=pack)):
+    # On a GPU index tensors are taken as they are: looking into them would wait for it. `meta` cannot be looked into.
+    away = pack._replace(**{name: getattr(pack, name).to("meta") for name in pack._fields[2:]})
+    for batch in (
+        {"x": pack},
+        {"n": 1, "x": [{"y": (pack, None)}]},
+        {"x": UserDict(y=pack)},
+        UserDict(x=pack),
+        {"x": away},
+    ):
         assert nested.check_batch(batch) is True
     for batch in ({}, {"x": [torch.ones(1)], "y": {"z": ()}, "t": torch.ones(1)}, UserDict(x=[1]), [pack], pack, None):
         assert nested.check_batch(batch) is False

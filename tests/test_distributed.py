@@ -275,6 +275,7 @@ def test_gathering_asks_for_rectangles_of_one_width(monkeypatch, use):
     [
         (lambda p: operations.slice_tensors([p], 1), "cut by a slice of its sequences, found int"),
         (lambda p: operations.concatenate([p, p], dim=1), "along the batch .dim 0. alone, found dim 1"),
+        (lambda p: operations.concatenate([p, p], dim=-1), "along the batch .dim 0. alone, found dim -1"),
         (lambda p: operations.concatenate([p, p.data]), "with its like, found Tensor"),
         (lambda p: operations.concatenate([p.data, p]), "with its like, found Tensor"),
     ],

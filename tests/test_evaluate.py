@@ -473,6 +473,16 @@ def test_labels_under_another_name_are_named_once(tmp_path):
     assert messages(trainer, "predict", rows()) == []
 
 
+def test_a_step_outside_of_an_evaluation_warns_of_nothing(tmp_path):
+    trainer = new_trainer(
+        tmp_path, OtherNames, rows(), renamed, options={"compute_metrics": Recorder()}, remove_unused_columns=False
+    )
+    batch = renamed(rows(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", hf_packfix.HFPackfixWarning)
+        trainer.prediction_step(trainer.model, batch, False)
+
+
 def test_labels_beside_what_a_label_name_covers(tmp_path):
     def two_targets(features):
         batch = packed_batch(features)

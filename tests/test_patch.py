@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import sys
 import types
 from typing import Any
@@ -195,6 +196,43 @@ def test_other_parameters_are_refused(upstream, names):
     assert state(declared) == ("refused", f"expected the parameters (self, data), found ({names})")
     assert declared.active is False
     assert vars(upstream.C)["f"] is original
+
+
+def test_a_function_that_does_not_tell_its_parameters(upstream):
+    def liar(self, data):
+        return "stock"
+
+    liar.__signature__ = 5
+    for function in (min, liar):
+        upstream.C.f = function
+        with pytest.raises((TypeError, ValueError)):
+            inspect.signature(function)
+        declared = new_patch()
+        declared.put_on()
+        assert state(declared) == ("refused", "expected the parameters (self, data), found ()")
+
+
+def test_functions_that_say_they_wrap_each_other_end_nothing(upstream):
+    original = vars(upstream.C)["f"]
+    original.__wrapped__ = functools.wraps(original)(lambda self, data: original(self, data))
+    declared = new_patch()
+    declared.put_on()  # Python itself finds no parameters there
+    assert state(declared) == ("refused", "expected the parameters (self, data), found ()")
+    assert vars(upstream.C)["f"] is original
+
+
+def test_what_is_visible_acts_already(upstream):
+    class Watched(type):
+        def __setattr__(cls, name, value):
+            answers.append(value(None, 0))
+            super().__setattr__(name, value)
+
+    answers = []
+    upstream.C = Watched("C", (), {"f": vars(upstream.C)["f"]})
+    declared = new_patch()
+    declared.put_on()  # another thread may call it at once
+    declared.take_off()
+    assert answers == ["right", "stock"]
 
 
 def test_more_parameters_are_no_harm(upstream):

@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from transformers import GenerationConfig, Seq2SeqTrainer
 
+from hf_packfix.patches import transformers_trainer_seq2seq
 from hf_packfix.patches.transformers_trainer_seq2seq import _for_generation
 from tests.oracle import (
     Classifier,
@@ -140,6 +141,24 @@ def test_a_model_that_says_nothing_of_itself_continues_its_prompts():
         assert given["input_ids"].tolist() == [[0, 5], [7, 8]]
         assert given["attention_mask"].tolist() == [[0, 1], [1, 1]]
         assert given["labels"].tolist() == [[5, -100], [7, 8]]
+
+
+def test_the_mask_of_features_has_one_number_a_step():
+    features = pack_sequence([torch.rand(1, 3), torch.rand(2, 3)], enforce_sorted=False)
+    given = _for_generation(SimpleNamespace(main_input_name="features"), {"features": features})
+    assert given["features"].shape == (2, 2, 3)
+    assert given["attention_mask"].tolist() == [[0, 1], [1, 1]]
+
+
+@pytest.mark.parametrize(("collate", "loss_only"), [(padded_batch, False), (packed_batch, True), (padded_batch, True)])
+def test_a_step_without_generation_or_packs_is_the_original_s_alone(collate, loss_only):
+    patch = transformers_trainer_seq2seq.prediction_step
+    given = []
+    trainer = SimpleNamespace(args=SimpleNamespace(predict_with_generate=True), model=torch.nn.Linear(1, 1))
+    arguments = (trainer, trainer.model, collate(rows(3)), loss_only)
+    patch._make(lambda *args: given.append(args), patch)(*arguments)
+    ((*found,),) = given
+    assert all(ours is theirs for ours, theirs in zip(found, arguments, strict=True))
 
 
 def test_without_labels(tmp_path):

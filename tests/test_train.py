@@ -154,6 +154,13 @@ def test_number_of_items_with_two_labels_a_step(tmp_path):
     assert int(packed) == int(padded) > sum(len(row["labels"]) for row in twofold)
 
 
+def test_number_of_items_of_nothing(tmp_path):
+    trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
+    nothing = PackedSequence(torch.ones(0).long(), torch.ones(0).long())
+    alone = count_items(trainer, [packed_batch(rows(5))])
+    assert int(count_items(trainer, [{"labels": nothing}, packed_batch(rows(5))])) == int(alone) > 0
+
+
 def test_number_of_items_takes_shift_labels_as_they_are(tmp_path):
     trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
     trainer._loss_shifts_labels = True
