@@ -10,10 +10,11 @@ if TYPE_CHECKING:
 
 def packed() -> PackedSequence:
     """Return two sequences, ``[1]`` and ``[2, 3]``: int64, CPU, not in sorted order."""
-    import torch
-    from torch.nn.utils.rnn import pack_sequence
+    from torch import tensor
+    from torch.nn.utils.rnn import PackedSequence
 
-    return pack_sequence([torch.tensor([1]), torch.tensor([2, 3])], enforce_sorted=False)
+    # Field by field, in a fraction of the time of `pack_sequence`: twenty probes run while transformers is imported.
+    return PackedSequence(tensor([2, 1, 3]), tensor([2, 1]), tensor([1, 0]), tensor([1, 0]))
 
 
 def is_on_meta(value: Any) -> bool:
