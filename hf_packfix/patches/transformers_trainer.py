@@ -129,19 +129,19 @@ def _handles_item_count(original: Function) -> bool:
     handled=_handles_item_count,
 )
 def get_num_items_in_batch(original: Function, patch: Patch) -> Function:
-    """Let the original count in tensors filled with -100: it knows whether the loss shifts labels."""
+    """Let the original count, in tensors: it knows whose loss shifts labels, and across which devices to sum."""
     with_countable_labels = _label_converter()
 
     def _get_num_items_in_batch(self: Any, batch_samples: Any, *args: Any, **kwargs: Any) -> Any:
         if patch.active:
-            batch_samples = list(map(with_countable_labels, batch_samples))
+            batch_samples = [with_countable_labels(self, batch) for batch in batch_samples]
         return original(self, batch_samples, *args, **kwargs)
 
     return _get_num_items_in_batch
 
 
 def _label_converter() -> Function:
-    """Return the function that puts tensors, in which the original can count, for packed labels of a batch.
+    """Return the function that puts tensors, in which the original can count, for packed labels of a Trainer's batch.
 
     Every training batch comes through it, still as the data loader gave it: here packs whose fields contradict each
     other are found, on which torch's recurrent layers may compute something.
@@ -151,19 +151,27 @@ def _label_converter() -> Function:
     from hf_packfix.nested import check_batch
     from hf_packfix.packed import PackedSequence, pad
 
-    def with_countable_labels(batch: Any) -> Any:
+    def with_countable_labels(trainer: Any, batch: Any) -> Any:
         if not check_batch(batch):
             return batch
-        packed = [key for key in ("labels", "shift_labels") if isinstance(batch.get(key), PackedSequence)]
-        return {**batch, **{key: countable(batch[key]) for key in packed}} if packed else batch
+        changed = {}
+        if isinstance(batch.get("shift_labels"), PackedSequence):
+            changed["shift_labels"] = batch["shift_labels"].data
+        labels = batch.get("labels")
+        if isinstance(labels, PackedSequence):
+            # A column for the first steps is right in either case; where nothing is shifted, `data` alone will do.
+            shifts = getattr(trainer, "_loss_shifts_labels", True)
+            changed["labels"] = with_first_column(labels) if shifts else labels.data
+        return {**batch, **changed} if changed else batch
 
-    def countable(labels: PackedSequence) -> torch.Tensor:
+    def with_first_column(labels: PackedSequence) -> torch.Tensor:
+        """Return labels with each sequence's first in a column of its own: the original counts in ``[..., 1:]``."""
         data = labels.data
         rows = len(data)
         if data.dim() != 1 or not rows:
             return pad(labels, -100)
-        # No rectangle of the sequences: where the loss shifts labels, the original counts in `labels[..., 1:]`, and
-        # the B first steps stand before all others in `data`. So they are the first column of [B, N / B, rounded up].
+        # No rectangle of the sequences: the B first steps stand before all others in `data`. So they are the first
+        # column of [B, N / B, rounded up].
         sequences = int(labels.batch_sizes[0])
         return torch.nn.functional.pad(data, (0, -rows % sequences), value=-100).view(-1, sequences).T
 
@@ -200,7 +208,7 @@ def get_batch_samples(original: Function, patch: Patch) -> Function:
 
             def countable(batch: Any) -> Any:
                 taken.append(batch)
-                return with_countable_labels(batch)
+                return with_countable_labels(self, batch)
 
             _, items = original(self, map(countable, epoch_iterator), *args, **kwargs)
             batches = taken
