@@ -26,7 +26,8 @@ def wrap(original: Function, patch: Patch) -> Function:
     """Return a ``_prepare_input`` that knows named tuples.
 
     The hottest patch: called for every leaf of every batch, so that every instruction shows, and every variable that
-    it has from here, which Python copies at each call. What is not ours is asked for nothing but its type.
+    it has from here, which Python copies at each call. What batches are mostly made of is asked for nothing but its
+    type.
 
     Args:
         original: ``_prepare_input``, which calls itself through the Trainer for what is nested.
