@@ -115,6 +115,7 @@ def _handles_item_count(original: Function) -> bool:
         compute_loss_func=None,
         _loss_shifts_labels=False,
         args=SimpleNamespace(average_tokens_across_devices=False, n_gpu=1, world_size=1),
+        accelerator=SimpleNamespace(parallelism_config=None),
         get_tp_size=lambda: 1,
         get_cp_size=lambda: 1,
         get_sp_size=lambda: 1,
