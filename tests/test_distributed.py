@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +47,10 @@ def results(request, tmp_path_factory) -> list[dict[str, Any]]:
     """The results of every scenario, by rank."""
     directory = tmp_path_factory.mktemp("results")
     result = launch(request.param, "-m", "tests.distributed_worker", str(directory))
+    if "Timeout (" in result.stderr:
+        # Seen once in some fifty launches, beside other load, and by nobody's order of calls: once more, with a word.
+        warnings.warn(f"{request.param} processes were stuck:\n{result.stderr[-20000:]}", stacklevel=1)
+        result = launch(request.param, "-m", "tests.distributed_worker", str(directory))
     assert result.returncode == 0, result.stderr[-5000:]
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(request.param)]
 
