@@ -48,7 +48,7 @@ def results(request, tmp_path_factory) -> list[dict[str, Any]]:
     directory = tmp_path_factory.mktemp("results")
     result = launch(request.param, "-m", "tests.distributed_worker", str(directory))
     if "Timeout (" in result.stderr:
-        # Seen once in some fifty launches, beside other load, and by nobody's order of calls: once more, with a word.
+        # Seen once in some fifty launches, beside other load; why is not known. Once more, with a word of where.
         warnings.warn(f"{request.param} processes were stuck:\n{result.stderr[-20000:]}", stacklevel=1)
         result = launch(request.param, "-m", "tests.distributed_worker", str(directory))
     assert result.returncode == 0, result.stderr[-5000:]

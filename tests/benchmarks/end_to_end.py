@@ -146,10 +146,9 @@ def by_difference(cell: str, rows: list[Batch]) -> float:
 
 
 def by_profile(cell: str, rows: list[Batch]) -> float:
-    """Return the same by ``cProfile``, for all patches, which is far too much: it slows small functions most.
+    """Return the same by ``cProfile``, for all patches.
 
-    The patches' own time, and that of what they call, but for the calls into upstream, which are the originals'
-    work.
+    Their own time, and that of what they call, but for the calls into upstream, which are the originals' work.
     """
     profile = cProfile.Profile()
     profile.runcall(through_trainer, cell, rows, DataCollatorForPackedSequence())
@@ -197,8 +196,7 @@ def run(quick: bool) -> Table:
         ]
         for how, share in (("by difference", by_difference), ("by cProfile", by_profile)):
             shares = [share(cell, rows) for _ in range(repeats)]
-            bar = 0.5 if share is by_difference else None
-            table.append(summary(f"{cell}: the patches' own part, {how}", "the whole run", shares, unit="%", bar=bar))
+            table.append(summary(f"{cell}: the patches' own part, {how}", "the whole run", shares, unit="%", bar=0.5))
         for other in (IN_FORWARD, PADDED, BARE):
             apart = max(abs(a - b) for a, b in zip(losses[PACKED], losses[other], strict=True))
             verdict = "the same to 1e-5" if apart <= 1e-5 else "NOT the same to 1e-5"
