@@ -144,9 +144,9 @@ def test_a_model_that_says_nothing_of_itself_continues_its_prompts():
 
 
 def test_the_mask_of_features_has_one_number_a_step():
-    features = pack_sequence([torch.rand(1, 3), torch.rand(2, 3)], enforce_sorted=False)
+    features = pack_sequence([torch.rand(1, 5), torch.rand(2, 5)], enforce_sorted=False)
     given = _for_generation(SimpleNamespace(main_input_name="features"), {"features": features})
-    assert given["features"].shape == (2, 2, 3)
+    assert given["features"].shape == (2, 2, 5)
     assert given["attention_mask"].tolist() == [[0, 1], [1, 1]]
 
 
