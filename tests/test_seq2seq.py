@@ -136,9 +136,9 @@ def test_a_model_that_says_nothing_of_itself_continues_its_prompts():
     # No encoder that is known of, and no padding token.
     pack = pack_sequence([torch.tensor([5]), torch.tensor([7, 8])], enforce_sorted=False)
     for model in (SimpleNamespace(), SimpleNamespace(config=SimpleNamespace())):
-        given = _for_generation(model, {"input_ids": pack, "labels": pack, "weight": torch.ones(2)})
-        assert list(given) == ["input_ids", "labels", "weight", "attention_mask"]
-        assert given["input_ids"].tolist() == [[0, 5], [7, 8]]
+        given = _for_generation(model, {"input_ids": pack, "labels": pack, "types": pack, "w": torch.ones(2)})
+        assert list(given) == ["input_ids", "labels", "types", "w", "attention_mask"]
+        assert given["input_ids"].tolist() == given["types"].tolist() == [[0, 5], [7, 8]]
         assert given["attention_mask"].tolist() == [[0, 1], [1, 1]]
         assert given["labels"].tolist() == [[5, -100], [7, 8]]
 
