@@ -217,8 +217,8 @@ def _put_on_loaded(name: str) -> None:
     _torch_is_loaded = _torch_is_loaded or name == "torch" or _is_complete("torch")
     if _activated_by is None or not _torch_is_loaded:
         return
-    due = [patch for patch in _patches() if name in (patch.module, "torch")]
     try:
+        due = [patch for patch in _patches() if name in (patch.module, "torch")]
         # What is applied was put on a moment ago, by `enable()`, which asks for the hooks of loaded modules as well.
         _put_on(patch for patch in due if patch.status(True).state != "applied")
     except Exception as error:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_sequence
 from transformers import Trainer
 
 import hf_packfix
-from hf_packfix import versions
+from hf_packfix import activation, versions
 from hf_packfix.patches import PATCHES, transformers_trainer
 from tests import interpreters
 from tests.oracle import stock
@@ -238,6 +238,17 @@ def test_an_overwritten_patch_is_seen_and_put_back():
     assert hf_packfix.is_enabled()
     hf_packfix.disable()
     assert vars(Trainer)["_prepare_input"] is original
+
+
+def test_an_import_hook_never_raises(monkeypatch, caplog):
+    def damaged():
+        raise RuntimeError("the patches cannot be read")
+
+    monkeypatch.setattr(activation, "_failures", set())
+    with monkeypatch.context() as broken:
+        broken.setattr(activation, "_patches", damaged)
+        activation.module_loaded(sys.modules["transformers.trainer"])
+    assert "could not patch transformers.trainer: RuntimeError: the patches cannot be read" in caplog.text
 
 
 def test_threads_may_toggle_at_once():
