@@ -319,7 +319,7 @@ def test_features_of_another_width_are_refused():
 def test_a_bidirectional_model_cannot_continue():
     model = build(RecurrentModel, bidirectional=True)
     ids = torch.stack(tokens((4, 4)))
-    with pytest.raises(ValueError, match="bidirectional model cannot continue from past_key_values"):
+    with pytest.raises(ValueError, match="bidirectional model cannot continue from a recurrent state"):
         model(ids, past_key_values=model(ids).past_key_values)
 
 

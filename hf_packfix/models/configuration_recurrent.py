@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PretrainedConfig
+from hf_packfix.models.upstream import CACHE_NAME, PretrainedConfig
 
 __all__ = ["CELL_TYPES", "PROBLEM_TYPES", "RecurrentConfig", "check_choice", "check_positive"]
 
@@ -41,7 +41,7 @@ class RecurrentConfig(PretrainedConfig):
     """
 
     model_type = "recurrent"
-    keys_to_ignore_at_inference = ["past_key_values", "pooler_output"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [CACHE_NAME, "recurrent_state", "pooler_output"]  # noqa: RUF012
     # `RecurrentConfig()` is an error: transformers 4 must not build one to learn the default values (up to
     # 4.47 it looks at the second name).
     has_no_defaults_at_init = True

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PretrainedConfig
-
 from hf_packfix.models.configuration_recurrent import RecurrentConfig
+from hf_packfix.models.upstream import CACHE_NAME, PretrainedConfig
 
 __all__ = ["RecurrentEncoderDecoderConfig"]
 
@@ -39,7 +38,7 @@ class RecurrentEncoderDecoderConfig(PretrainedConfig):
     """
 
     model_type = "recurrent-encoder-decoder"
-    keys_to_ignore_at_inference = ["past_key_values", "encoder_last_hidden_state"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [CACHE_NAME, "encoder_last_hidden_state"]  # noqa: RUF012
     # As in RecurrentConfig.
     has_no_defaults_at_init = True
     is_composition = True

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
 
+from hf_packfix.models.upstream import GenerationMixin, rename_state
 from hf_packfix.packed import PackedSequence, pad_left, with_data
 
 __all__ = ["RecurrentCache", "RecurrentGenerationMixin"]
@@ -33,6 +33,8 @@ class RecurrentCache:
 
     is_compileable: ClassVar[bool] = False
     is_croppable: ClassVar[bool] = False
+    # One entry a layer upstream, True for linear attention, whose prompts generate() does not cut by the steps seen.
+    is_linear: ClassVar[tuple[bool, ...]] = (False,)
 
     @classmethod
     def from_state(cls, state: Tensor | tuple[Tensor, Tensor], seen_steps: int) -> RecurrentCache:
@@ -43,6 +45,17 @@ class RecurrentCache:
     def state(self) -> Tensor | tuple[Tensor, Tensor]:
         """The state as ``torch.nn.RNN``, ``GRU`` or ``LSTM`` takes it."""
         return self.hidden_state if self.cell_state is None else (self.hidden_state, self.cell_state)
+
+    # Not a sequence, though it has `__getitem__`: without this, Python would iterate over it without end.
+    __iter__ = None
+
+    def __getitem__(self, layer_idx: int) -> tuple[Tensor]:
+        """Return one empty tensor ``[0, 0, seen_steps]``.
+
+        For transformers up to 4.54, whose ``GenerationMixin._get_initial_cache_position`` reads the number of steps
+        from the third dimension of ``cache[0][0]`` in what is no ``Cache`` of its own.
+        """
+        return (torch.empty(0, 0, self.seen_steps, device="meta"),)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of columns read so far, the same for every layer."""
@@ -78,10 +91,14 @@ class RecurrentGenerationMixin(GenerationMixin):
         return False
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Generate as ``GenerationMixin.generate`` does; a packed prompt is padded on the left first."""
+        """Generate as ``GenerationMixin.generate`` does; a packed prompt is padded on the left first.
+
+        A state to continue from is ``cache`` or ``past_key_values``, with any release of transformers.
+        """
+        rename_state(kwargs)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if isinstance(input_ids, PackedSequence):
             real = with_data(input_ids, torch.ones_like(input_ids.data))
             kwargs["attention_mask"] = pad_left(real)
             input_ids = pad_left(input_ids, self.config.pad_token_id or 0)
-        return super().generate(input_ids, *args, **kwargs)  # type: ignore[misc]
+        return super().generate(input_ids, *args, **kwargs)

@@ -19,18 +19,20 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import (
-    CausalLMOutputWithPast,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
-from transformers.utils.generic import ModelOutput
 
 from hf_packfix.models.configuration_recurrent import RecurrentConfig
 from hf_packfix.models.generation import RecurrentCache, RecurrentGenerationMixin
 from hf_packfix.models.loss import next_labels, sequence_loss, step_labels, step_loss
 from hf_packfix.models.packing import Steps, map_steps, pack, real_steps, unpack
+from hf_packfix.models.upstream import (
+    CACHE_NAME,
+    CausalLMOutputWithPast,
+    ModelOutput,
+    PreTrainedModel,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+    given_state,
+)
 from hf_packfix.packed import PackedSequence, with_data
 
 __all__ = [
@@ -55,12 +57,23 @@ class RecurrentModelOutput(ModelOutput):
         last_hidden_state: the last layer's output at every step, ``[B, T, O]`` (zero at padding) or packed.
         pooler_output: ``[B, O]``, the last layer's state after the last real step; the reverse direction,
             which starts there, after the first.
-        past_key_values: the final state of every layer; None with ``use_cache=False``.
+        recurrent_state: the final state of every layer; None with ``use_cache=False``. Also readable as ``cache`` and
+            ``past_key_values``, as the outputs of transformers' own models call theirs.
     """
 
     last_hidden_state: Steps | None = None
     pooler_output: Tensor | None = None
-    past_key_values: RecurrentCache | None = None
+    recurrent_state: RecurrentCache | None = None
+
+    @property
+    def cache(self) -> RecurrentCache | None:
+        """The recurrent state."""
+        return self.recurrent_state
+
+    @property
+    def past_key_values(self) -> RecurrentCache | None:
+        """The recurrent state."""
+        return self.recurrent_state
 
 
 class RecurrentPreTrainedModel(PreTrainedModel):
@@ -120,33 +133,36 @@ class RecurrentModel(RecurrentPreTrainedModel):
         past_key_values: RecurrentCache | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        cache: RecurrentCache | None = None,
         **kwargs: Any,
     ) -> RecurrentModelOutput | tuple[Any, ...]:
         """Read the sequences.
 
         Args:
             input_ids: int64 ``[B, T]`` or packed ``[N]``, for a model with a ``vocab_size``.
-            attention_mask: ``[B, T]``, zero at padding, which may stand anywhere; with ``past_key_values``
-                also ``[B, seen + T]``. Packed inputs have none, or a packed one, which tells nothing new.
+            attention_mask: ``[B, T]``, zero at padding, which may stand anywhere; with a state also
+                ``[B, seen + T]``. Packed inputs have none, or a packed one, which tells nothing new.
             input_values: float ``[B, T, D]`` or packed ``[N, D]``, for a model with an ``input_size``; cast
                 to the dtype of the weights.
             past_key_values: the state to start from; zeros by default.
             use_cache: whether to return the final state; ``config.use_cache`` by default.
             return_dict: False for a plain tuple; ``config.return_dict`` by default.
+            cache: the same as ``past_key_values``, by its name from transformers 5.24 on.
             **kwargs: ignored; transformers hands over more than a recurrent model has.
 
         Raises:
             ValueError: the inputs are missing, of the other kind or of another shape; a mask does not fit
-                or has a row without a real step; a bidirectional model is given ``past_key_values``.
+                or has a row without a real step; a bidirectional model is given a state, or a model is given two.
         """
         inputs = self._check_inputs(input_ids, input_values)
-        if past_key_values is not None and self.config.bidirectional:
+        begun = given_state({**kwargs, "past_key_values": past_key_values, "cache": cache})
+        if begun is not None and self.config.bidirectional:
             raise ValueError(
-                "a bidirectional model cannot continue from past_key_values: its reverse direction starts at "
-                "the last step; leave them out"
+                "a bidirectional model cannot continue from a recurrent state (cache, past_key_values): its reverse "
+                "direction starts at the last step; leave the state out"
             )
-        start = None if past_key_values is None else past_key_values.state
-        real = real_steps(attention_mask, inputs, continues=past_key_values is not None)
+        start = None if begun is None else begun.state
+        real = real_steps(attention_mask, inputs, continues=begun is not None)
         if real is None:
             steps, state = self.rnn(map_steps(self._embed, inputs), start)
         else:
@@ -155,12 +171,11 @@ class RecurrentModel(RecurrentPreTrainedModel):
             steps, state = self.rnn(with_data(packed, self._embed(packed.data)), start)
             steps = unpack(steps, real)
         width = inputs.batch_sizes.numel() if isinstance(inputs, PackedSequence) else inputs.shape[1]
-        seen = width + (0 if past_key_values is None else past_key_values.seen_steps)
-        cache = RecurrentCache.from_state(state, seen)
+        final = RecurrentCache.from_state(state, width + (0 if begun is None else begun.seen_steps))
         output = RecurrentModelOutput(
             last_hidden_state=steps,
-            pooler_output=cache.hidden_state[-self.config.num_directions :].transpose(0, 1).flatten(1),
-            past_key_values=cache if _default(use_cache, self.config.use_cache) else None,
+            pooler_output=final.hidden_state[-self.config.num_directions :].transpose(0, 1).flatten(1),
+            recurrent_state=final if _default(use_cache, self.config.use_cache) else None,
         )
         return _result(output, _default(return_dict, self.config.return_dict))
 
@@ -311,6 +326,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
+        cache: RecurrentCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return ``logits`` ``[B, T, V]``, or packed, and, with labels, the loss of predicting the next one.
@@ -325,6 +341,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
             return_dict: False for a plain tuple.
             logits_to_keep: compute the logits of the last so many columns of a padded batch; 0 for all.
             num_items_in_batch: what the summed loss is divided by.
+            cache: the same as ``past_key_values``, by its name from transformers 5.24 on.
             **kwargs: ignored.
 
         Raises:
@@ -334,7 +351,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
         output = self.recurrent(
             input_ids,
             attention_mask,
-            past_key_values=past_key_values,
+            cache=given_state({**kwargs, "past_key_values": past_key_values, "cache": cache}),
             use_cache=use_cache,
             return_dict=True,
         )
@@ -349,7 +366,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
             targets = next_labels(step_labels(labels, logits, attention_mask), attention_mask)
             loss = step_loss(logits, targets, num_items_in_batch)
         return _result(
-            CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values),
+            CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: output.recurrent_state}),
             _default(return_dict, self.config.return_dict),
         )
 

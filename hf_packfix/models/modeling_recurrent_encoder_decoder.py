@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from hf_packfix.models.configuration_recurrent_encoder_decoder import RecurrentEncoderDecoderConfig
 from hf_packfix.models.generation import RecurrentCache, RecurrentGenerationMixin
 from hf_packfix.models.loss import shift_right, step_labels, step_loss
 from hf_packfix.models.modeling_recurrent import RecurrentModel, RecurrentModelOutput
 from hf_packfix.models.packing import Steps, map_steps
+from hf_packfix.models.upstream import CACHE_NAME, PreTrainedModel, Seq2SeqLMOutput, given_state
 
 __all__ = ["RecurrentEncoderDecoder"]
 
@@ -93,6 +92,7 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cache: RecurrentCache | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput | tuple[Any, ...]:
         """Return ``logits`` ``[B, T, V]``, or packed, and, with labels, the loss over the target.
@@ -108,6 +108,7 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
             use_cache: whether to return the decoder's state.
             return_dict: False for a plain tuple.
             num_items_in_batch: what the summed loss is divided by.
+            cache: the same as ``past_key_values``, by its name from transformers 5.24 on.
             **kwargs: ignored.
 
         Raises:
@@ -118,14 +119,15 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
             if labels is None:
                 raise ValueError("expected decoder_input_ids or labels, found neither: the decoder reads one of them")
             decoder_input_ids = shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
-        if past_key_values is None:
+        begun = given_state({**kwargs, "past_key_values": past_key_values, "cache": cache})
+        if begun is None:
             if encoder_outputs is None:
                 encoder_outputs = self.encoder(input_ids, attention_mask, use_cache=False, return_dict=True)
-            past_key_values = self._decoder_start(encoder_outputs)
+            begun = self._decoder_start(encoder_outputs)
         output = self.decoder(
             decoder_input_ids,
             decoder_attention_mask,
-            past_key_values=past_key_values,
+            cache=begun,
             use_cache=use_cache,
             return_dict=True,
         )
@@ -136,8 +138,8 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
         result = Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
             encoder_last_hidden_state=getattr(encoder_outputs, "last_hidden_state", None),
+            **{CACHE_NAME: output.recurrent_state},
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
