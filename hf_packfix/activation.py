@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from hf_packfix import versions
 from hf_packfix._version import __version__
-from hf_packfix.notices import is_main_process, warn_once
+from hf_packfix.notices import HFPackfixWarning, is_main_process, warn_once
 from hf_packfix.switch import ACCEPTED, VARIABLE, switch, value
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ _loaded: deque[str] = deque()  # modules whose import hook has fired and whose p
 _torch_is_loaded = False
 _failures: set[str] = set()
 _announced = False
+_tell: Callable[[str], None] = warn_once  # how differences upstream are reported; set by `_enable`
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,7 @@ def activate_on_import() -> None:
     automatic = bool(getattr(sys.modules.get("_hf_packfix_boot"), "activating", False))
     by = f"{VARIABLE}={value()}" if automatic else "import hf_packfix"
     try:
-        # A warning may be an exception (-W error), and what is automatic never breaks a program.
-        _enable(by, force=asks == "force", tell=_log_warning if automatic else warn_once)
+        _enable(by, force=asks == "force", tell=_log_warning if automatic else None)
     except versions.UnsupportedVersionError as error:
         if not (automatic or _is_command()):
             raise
@@ -218,7 +218,11 @@ def _put_on_loaded(name: str) -> None:
     if _activated_by is None or not _torch_is_loaded:
         return
     try:
-        due = [patch for patch in _patches() if name in (patch.module, "torch")]
+        due = [
+            patch
+            for patch in _patches()
+            if patch.module == name or (name == "torch" and not _is_half_imported(patch.module))
+        ]
         # What is applied was put on a moment ago, by `enable()`, which asks for the hooks of loaded modules as well.
         _put_on(patch for patch in due if patch.status(True).state != "applied")
     except Exception as error:
@@ -236,27 +240,28 @@ def _is_complete(name: str) -> bool:
     return module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False)
 
 
+def _is_half_imported(name: str) -> bool:
+    """Tell whether a module is being imported, so that its functions may not be there yet."""
+    return name in sys.modules and not _is_complete(name)
+
+
 def _wait_for(names: Iterable[str]) -> None:
     """Wait for the modules that other threads are importing: wrapt calls no hook at the end of these."""
     for name in names:
-        if name in sys.modules and not _is_complete(name):
+        if _is_half_imported(name):
             with suppress(Exception):  # is for the thread that began it
                 import_module(name)
 
 
-def _enable(activated_by: str, *, force: bool, tell: Callable[[str], None] = warn_once) -> None:
-    global _activated_by
+def _enable(activated_by: str, *, force: bool, tell: Callable[[str], None] | None = None) -> None:
+    global _activated_by, _tell
     if switch() == "off" and not force:
         warn_once(f"{VARIABLE}={value()} keeps hf_packfix off; unset it, or call enable(force=True)")
         return
     conflict = versions.conflict()
     if conflict is not None and not force:
         raise versions.UnsupportedVersionError(conflict)
-    for package, version in versions.untested().items():
-        tell(
-            f"{package} {version} is newer than {versions.NEWEST_TESTED[package]}, the newest that hf_packfix "
-            f"was tested with; patches are applied where their probes pass, see hf_packfix.status()"
-        )
+    _tell = tell or _warn
     # Before anything is changed: without it nothing can be.
     import wrapt
 
@@ -266,7 +271,7 @@ def _enable(activated_by: str, *, force: bool, tell: Callable[[str], None] = war
     with _locked():
         _activated_by = _activated_by or activated_by
         if "torch" in sys.modules:
-            _put_on(_patches())
+            _put_on([patch for patch in _patches() if not _is_half_imported(patch.module)])
         _hooked.update(modules)
     # Outside the lock, since wrapt takes its own and calls back for a module imported meanwhile.
     for name in modules:
@@ -281,10 +286,34 @@ def _put_on(patches: Iterable[Patch]) -> None:
         if after == before:
             continue
         logger.debug("%s: %s%s", after.target, after.state, f" ({after.detail})" if after.detail else "")
-        if after.state == "refused":
-            _log_warning(f"hf_packfix does not patch {after.target}: {after.detail}")
+        difference = _difference(patch, after)
+        if difference:
+            _tell(difference)
     if not _announced:
         _announce()
+
+
+def _difference(patch: Patch, status: PatchStatus) -> str:
+    """Return how a target differs from what its patch expects, and what that means; empty if it does not."""
+    package = patch.module.partition(".")[0]
+    version = getattr(sys.modules.get(package), "__version__", None)
+    if status.state == "refused" or (status.state == "not-applicable" and patch.expected_on(version)):
+        return f"hf_packfix does not patch {status.target}: {status.detail}. Without the patch: {status.reason}"
+    if status.state == "applied" and patch.unknown:
+        return (
+            f"hf_packfix patches {status.target}, which has parameters that it does not know: expected "
+            f"({', '.join(patch.parameters)}), found ({', '.join(patch.unknown)}) as well. They are passed on, but "
+            f"have no effect on a PackedSequence"
+        )
+    return ""
+
+
+def _warn(message: str) -> None:
+    """Warn once; log instead if warnings are errors (``-W error``), since a difference must not end a program."""
+    try:
+        warn_once(message)
+    except HFPackfixWarning:
+        _log_warning(message)
 
 
 def _log_warning(message: str) -> None:
@@ -296,9 +325,13 @@ def _announce() -> None:
     """Log one line, once the Trainer is patched."""
     global _announced
     states = [patch.status(True).state for patch in _patches()]
-    if "transformers.trainer" not in sys.modules or "applied" not in states or not is_main_process():
+    if "transformers.trainer" not in sys.modules or "applied" not in states:
         return
     _announced = True
+    # For modules that upstream no longer has; the hooks of others are still to come.
+    _put_on([patch for patch in _patches() if patch.module not in sys.modules])
+    if not is_main_process():
+        return
     if not logger.isEnabledFor(logging.INFO):  # the versions below are read from files
         return
     logger.info(
@@ -309,6 +342,9 @@ def _announce() -> None:
         states.count("pending"),
         *map(versions.found, ("transformers", "accelerate", "torch")),
     )
+    newer = [f"{package} {version}" for package, version in versions.untested().items()]
+    if newer:
+        logger.info("newer than what hf_packfix was tested with, judged by probes: %s", ", ".join(newer))
 
 
 def _patches() -> tuple[Patch, ...]:

@@ -40,11 +40,13 @@ class Report:
         status: where the plugin and each patch stand.
         trainers: for each Trainer subclass of the imported modules, the patched methods it overrides, and whether
             each of them calls ``super()``.
-        selftest: "passed", "skipped: ..." or "failed: ...".
-        problems: what keeps the plugin from working; empty where it is healthy.
+        selftest: of a packed batch through the Trainer: "passed", "skipped: ..." or "failed: ...".
+        models: of every check of ``hf_packfix.models``: "passed" or "failed: ..."; empty if skipped.
+        problems: what keeps the plugin from working; empty if it is healthy.
         warnings: what may surprise a user.
     """
 
+    healthy: bool
     python: str
     platform: str
     variable: str | None
@@ -52,6 +54,7 @@ class Report:
     status: Status
     trainers: dict[str, dict[str, bool]]
     selftest: str
+    models: dict[str, str]
     problems: list[str]
     warnings: list[str]
 
@@ -92,19 +95,24 @@ def examine(modules: Sequence[str]) -> Report:
     elif broken:
         warnings.append(f"{VARIABLE}=1 would not work here: {'; '.join(broken)}")
 
-    tested = "skipped: hf_packfix is not enabled"
-    if status().enabled:
-        failure = selftest()
-        tested = "passed" if failure is None else f"failed: {failure}"
-        if failure is not None:
-            problems.append(f"the self-test failed: {failure}")
+    imported = True
     if status().enabled or modules:
         try:
             importlib.import_module("transformers.trainer_seq2seq")  # so that its patches are not pending
         except Exception as error:
             message = " ".join(str(error).split())
             problems.append(f"the Trainer cannot be imported: {type(error).__name__}: {message}")
-            modules = ()
+            modules, imported = (), False
+    tested = "skipped: the Trainer cannot be imported" if not imported else "skipped: hf_packfix is not enabled"
+    models: dict[str, str] = {}
+    if status().enabled and imported:
+        failure = selftest()
+        tested = "passed" if failure is None else f"failed: {failure}"
+        if failure is not None:
+            problems.append(f"the self-test failed: {failure}")
+        models, differences = _check_models()
+        problems += [f"hf_packfix.models, {name}: {result}" for name, result in models.items() if result != "passed"]
+        warnings += differences
     trainers: dict[str, dict[str, bool]] = {}
     for name in modules:
         try:
@@ -126,10 +134,11 @@ def examine(modules: Sequence[str]) -> Report:
             )
 
     now = status()
-    if not now.enabled and asks != "off":
+    if not now.enabled and asks not in ("off", None):  # None: said above
         problems.append(now.reason)
     problems += [f"{p.target} is not patched: {p.detail}" for p in now.patches if p.state == "refused"]
     return Report(
+        healthy=not problems,
         python=f"{platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
         variable=value(),
@@ -137,9 +146,24 @@ def examine(modules: Sequence[str]) -> Report:
         status=now,
         trainers=trainers,
         selftest=tested,
+        models=models,
         problems=problems,
         warnings=warnings,
     )
+
+
+def _check_models() -> tuple[dict[str, str], list[str]]:
+    """Return the result of each check of the recurrent models, and the upstream names that are missing."""
+    try:
+        # Imported here: they need all of transformers.
+        from hf_packfix.models.selftest import selftest
+        from hf_packfix.models.upstream import deviations
+
+        results = {name: f"failed: {failure}" if failure else "passed" for name, failure in selftest().items()}
+        return results, deviations()
+    except Exception as error:
+        message = " ".join(str(error).split())
+        return {"import": f"failed: {type(error).__name__}: {message}"}, []
 
 
 def _startup_files() -> Iterator[tuple[str, str]]:
@@ -221,11 +245,18 @@ def _calls_super(cls: type[Any], method: str) -> bool:
 
 
 def _text(report: Report) -> str:
-    lines = [
+    lines = ["healthy" if report.healthy else "not healthy"]
+    lines += [f"problem: {text}" for text in report.problems]
+    lines += [f"warning: {text}" for text in report.warnings]
+    lines += [
+        "",
         f"Python {report.python} on {report.platform}",
         f"{VARIABLE} is {'unset' if report.variable is None else repr(report.variable)}",
         "",
         str(report.status),
+        "",
+        f"self-test (a packed batch through train and evaluate): {report.selftest}",
+        *(f"self-test of hf_packfix.models ({name}): {result}" for name, result in report.models.items()),
         "",
         "start-up files:",
         *(f"  {state:<10} {path}" for path, state in report.startup_files.items()),
@@ -235,8 +266,4 @@ def _text(report: Report) -> str:
         for name, methods in report.trainers.items():
             told = [f"{key} ({'calls' if calls else 'does not call'} super())" for key, calls in methods.items()]
             lines.append(f"  {name}: {', '.join(told) or 'none'}")
-    lines += ["", f"self-test (a packed batch through train and evaluate): {report.selftest}"]
-    lines += [f"warning: {text}" for text in report.warnings]
-    lines += [f"problem: {text}" for text in report.problems]
-    lines += ["not healthy" if report.problems else "healthy"]
     return "\n".join(lines)

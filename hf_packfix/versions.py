@@ -23,6 +23,7 @@ TESTED = (
     {"transformers": "5.0.0", "accelerate": "1.12.0"},
     {"transformers": "5.10.2", "accelerate": "1.14.0"},
     {"transformers": "5.23.0", "accelerate": "1.15.0"},
+    {"transformers": "5.24.0", "accelerate": "1.15.0"},
 )
 
 #: The oldest version of each distribution that is supported: the minor release of the oldest tested one, as

@@ -1,15 +1,24 @@
-"""Check what the patches rely on in any release of transformers or accelerate, from the sources of its wheel.
+"""Check what this package relies on in any release of transformers or accelerate.
 
-    python tests/drift.py transformers==5.23.0 [accelerate==1.15.0 ...] [--cache DIR] [--markdown FILE]
+    python tests/drift.py [transformers==5.23.0 accelerate==1.15.0 ...] [--sources] [--cache DIR] [--markdown FILE]
 
-Nothing of the release is imported. For each patch: is the target there, and do its parameters start with the
-expected ones? Exits with 1 where one differs from what ``PLACES`` says.
+By default: the last patch release of every minor release that is supported, as the package index lists them.
+
+- The patches, from the sources of the wheel, without an import of the release: is each target there, and do its
+  parameters start with the expected ones?
+- The models (``hf_packfix/models/selftest.py``), on the installed release of transformers; ``--sources`` leaves
+  them out.
+
+Exits with 1 if a patch or a model finds something else than it declares or expects.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,18 +36,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if TYPE_CHECKING:
     from hf_packfix.patches import Patch
 
-#: The targets that not every supported release has, and the first with it.
-PLACES = {
-    "Trainer._get_num_items_in_batch": "4.57",
-    "Trainer._track_num_input_tokens": "5.3",
-}
-
-#: The targets that need no patch any more, and the first release in which they do what is right.
-HANDLED = {
-    "BatchEncoding.to": "4.54",
-    "Trainer.get_batch_samples": "5.3",
-}
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -55,18 +52,18 @@ class Finding:
     problem: str
 
 
-def expected_state(path: str, version: Version) -> str:
+def expected_state(patch: Patch, version: Version) -> str:
     """Return the state that a patch has on a release, once everything is imported."""
-    if path in PLACES and version < Version(PLACES[path]):
+    if patch.since is not None and version < Version(patch.since):
         return "not-applicable"
-    return "not-needed" if path in HANDLED and version >= Version(HANDLED[path]) else "applied"
+    return "not-needed" if patch.until is not None and version >= Version(patch.until) else "applied"
 
 
 def state_here(patch: Patch) -> str:
     """Return the state that a patch should have on the version installed here."""
     from hf_packfix import versions
 
-    return expected_state(patch.path, Version(versions.found(patch.module.split(".")[0]) or "0"))
+    return expected_state(patch, Version(versions.found(patch.module.split(".")[0]) or "0"))
 
 
 def check(wheel: Path, distribution: str, version: Version) -> list[Finding]:
@@ -78,17 +75,17 @@ def check(wheel: Path, distribution: str, version: Version) -> list[Finding]:
         for patch in PATCHES:
             if patch.module.split(".")[0] == distribution:
                 found = parameters(archive, patch.module, patch.path)
-                findings.append(Finding(patch.path, found, problem(patch.path, patch.parameters, found, version)))
+                findings.append(Finding(patch.path, found, problem(patch, found, version)))
     return findings
 
 
-def problem(path: str, wanted: tuple[str, ...], found: tuple[str, ...] | None, version: Version) -> str:
+def problem(patch: Patch, found: tuple[str, ...] | None, version: Version) -> str:
     """Return what is unexpected about a target's parameters; empty where nothing is."""
-    due = expected_state(path, version) != "not-applicable"
+    wanted, due = patch.parameters, expected_state(patch, version) != "not-applicable"
     if found is None:
         return "no such function any more" if due else ""
     if not due:
-        return f"there, although PLACES says that it came with {PLACES[path]}"
+        return f"there, although its patch says that it came with {patch.since}"
     if found[: len(wanted)] != wanted:
         return f"expected the parameters ({', '.join(wanted)}), found ({', '.join(found)})"
     return ""
@@ -141,40 +138,112 @@ def row(requirement: str, findings: list[Finding]) -> str:
     return f"| {distribution} {version} | {present} of {len(findings)} | {absent or '-'} | {problems or '-'} |"
 
 
-HEADER = "| release | as expected | has no such place | unexpected |\n|---|---|---|---|"
+def check_models(requirement: str, cache: Path) -> dict[str, str]:
+    """Install a release of transformers and return, for every check of the models, what went wrong; empty if nothing.
+
+    The check of the upstream names also fails if a name is there before its declared first release.
+    """
+    from tests import matrix
+
+    python = matrix.interpreter(cache)
+    needs = [requirement, "wrapt", "importlib-metadata", "packaging", "psutil"]
+    folder = matrix.fill(cache, requirement.replace("transformers==", "drift-"), needs, ["accelerate==1.15.0"])
+    environment = {key: value for key, value in os.environ.items() if key != "HF_PACKFIX"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(folder), str(matrix.ROOT)]), "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1"}
+    command = [str(python), "-m", "hf_packfix.models.selftest"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    try:
+        results: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return {"import": (done.stderr.splitlines() or ["nothing was printed"])[-1]}
+    return results
+
+
+def every_minor_release(distribution: str) -> list[str]:
+    """Return ``name==version`` of the last patch release of each supported minor release, oldest first."""
+    from hf_packfix.versions import MINIMUM
+
+    command = [sys.executable, "-m", "pip", "index", "versions", distribution, "--disable-pip-version-check"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"Available versions: (.+)", printed)
+    if found is None:
+        raise ValueError(f"expected a line 'Available versions: ...' from pip, found {printed!r}")
+    last: dict[tuple[int, ...], Version] = {}
+    for version in sorted(map(Version, found[1].split(", "))):
+        if version >= Version(MINIMUM[distribution]):
+            last[version.release[:2]] = version
+    return [f"{distribution}=={version}" for version in last.values()]
+
+
+def patch_row(requirement: str, findings: list[Finding]) -> str:
+    """Return a line of the table of patches."""
+    distribution, _, version = requirement.partition("==")
+    absent = ", ".join(f"`{f.path}`" for f in findings if f.parameters is None and not f.problem)
+    problems = "; ".join(f"`{f.path}`: {f.problem}" for f in findings if f.problem)
+    present = sum(f.parameters is not None and not f.problem for f in findings)
+    return f"| {distribution} {version} | {present} of {len(findings)} | {absent or '-'} | {problems or '-'} |"
+
+
+def model_row(requirement: str, results: dict[str, str]) -> str:
+    """Return a line of the table of models."""
+    failed = "; ".join(f"{name}: {failure}" for name, failure in results.items() if failure)
+    passed = ", ".join(name for name, failure in results.items() if not failure)
+    return f"| {requirement.replace('==', ' ')} | {passed or '-'} | {failed or '-'} |"
+
+
+PATCHES_HEADER = "| release | as expected | has no such place | unexpected |\n|---|---|---|---|"
+MODELS_HEADER = "| release | right | wrong |\n|---|---|---|"
 
 
 def main() -> int:
-    """Print the table; return 1 where something is unexpected."""
-    parser = argparse.ArgumentParser(description="check what the patches rely on, from the sources of a release")
-    parser.add_argument("requirements", nargs="+", metavar="NAME==VERSION")
+    """Print the tables; return 1 if something is unexpected."""
+    parser = argparse.ArgumentParser(description="check what the patches and the models rely on in a release")
+    parser.add_argument("requirements", nargs="*", metavar="NAME==VERSION", help="every minor release by default")
+    parser.add_argument("--sources", action="store_true", help="check the patches alone; nothing is installed")
     parser.add_argument("--cache", type=Path, help="keep the wheels here; a temporary folder by default")
-    parser.add_argument("--markdown", type=Path, help="write the table to this file, too")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file, too")
     options = parser.parse_args()
     wrong = [requirement for requirement in options.requirements if not all(requirement.partition("=="))]
     if wrong:
         parser.error(f"expected NAME==VERSION, found {wrong[0]!r}")
-    lines, failed = [HEADER], False
+    from tests import matrix
+
+    requirements = options.requirements or [
+        *every_minor_release("transformers"),
+        *every_minor_release("accelerate"),
+    ]
+    patches, models, failed = [PATCHES_HEADER], [MODELS_HEADER], False
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.cache or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        for requirement in options.requirements:
+        for requirement in requirements:
             distribution, _, version = requirement.partition("==")
             findings = check(download(requirement, folder), distribution, Version(version))
             if not findings:
                 parser.error(f"no patch has a target in {distribution}; expected transformers or accelerate")
             failed |= any(finding.problem for finding in findings)
-            lines.append(row(requirement, findings))
-    print("\n".join(lines))
+            patches.append(patch_row(requirement, findings))
+            print(patches[-1], flush=True)
+            if distribution == "transformers" and not options.sources:
+                results = check_models(requirement, options.cache or matrix.CACHE)
+                failed |= any(results.values())
+                models.append(model_row(requirement, results))
+                print(models[-1], flush=True)
     if options.markdown:
-        options.markdown.write_text(_PREFACE + "\n".join(lines) + "\n", encoding="utf-8")
+        tables = "\n".join([*patches, "", _MODELS, *models] if len(models) > 1 else patches)
+        options.markdown.write_text(f"{_PREFACE}{tables}\n", encoding="utf-8")
     return int(failed)
 
 
-_PREFACE = """# What each minor release has in the places that are patched
+_PREFACE = """# What each minor release has in the places that are patched, and what the models do on it
 
-Written by `tests/drift.py` from the sources of the wheels, the last patch release of each minor release. "As
-expected" means that the target is there and its parameters start with the ones that the patch was written for.
+Written by `python tests/drift.py`: the last patch release of each minor release. "As expected" means that the target
+of a patch is there and its parameters start with the ones that the patch was written for, by the sources of the wheel.
+
+"""
+
+_MODELS = """The recurrent models on each release, with accelerate 1.15.0: each check for the cells rnn, lstm and gru.
 
 """
 

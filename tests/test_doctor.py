@@ -1,4 +1,4 @@
-"""What ``hf-packfix doctor`` reports where something is wrong; ``test_installed.py`` asks it in an installation."""
+"""What ``hf-packfix doctor`` reports; ``test_installed.py`` asks it in an installation."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 from transformers import TrainingArguments
 
+from hf_packfix.models.selftest import CHECKS
 from hf_packfix.selftest import selftest
 from tests.interpreters import environment
 
@@ -28,7 +30,54 @@ def doctor(tmp_path, *arguments, before=""):
 def test_a_trainer_that_cannot_be_imported(tmp_path):
     status, report = doctor(tmp_path, "--import", "json", before="import sys; sys.modules['transformers'] = None")
     assert status == 1
-    assert any(problem.startswith("the Trainer cannot be imported: ") for problem in report["problems"])
+    (problem,) = report["problems"]
+    assert problem.startswith("the Trainer cannot be imported: ")
+    assert report["selftest"] == "skipped: the Trainer cannot be imported"
+
+
+def test_the_verdict_is_the_first_line_and_problems_follow(tmp_path):
+    command = [sys.executable, "-m", "hf_packfix", "doctor", "--import", "json", "--import", "gone"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=240, check=False)
+    lines = result.stdout.splitlines()
+    assert result.returncode == 1
+    assert lines[0] == "not healthy"
+    assert lines[1] == "problem: --import gone: ModuleNotFoundError: No module named 'gone'"
+    assert lines[2].startswith("warning: --import json: found no Trainer subclass")
+
+
+def test_the_models_are_tried(tmp_path):
+    status, report = doctor(tmp_path)
+    assert (status, report["healthy"], report["problems"]) == (0, True, [])
+    assert report["models"] == dict.fromkeys(CHECKS, "passed")
+
+
+#: Breaks one thing that the models do, and the check that must notice it.
+BROKEN = {
+    "save and load": "m.RecurrentPreTrainedModel.state_dict = lambda self, *args, **kwargs: "
+    "{k: v + torch.rand(()) for k, v in torch.nn.Module.state_dict(self, *args, **kwargs).items()}",
+    "padded equals packed": "m.step_loss = lambda logits, labels, items=None, _original=m.step_loss: "
+    "_original(logits, labels, items) * (2 if isinstance(logits, m.PackedSequence) else 1)",
+    "generate": "m.RecurrentModel._embed = lambda self, inputs, _original=m.RecurrentModel._embed: "
+    "_original(self, inputs if inputs.shape[-1] > 1 else inputs * 0)",
+    "continue from the state": "m.given_state = lambda arguments: None",
+    "a step of the Trainer": "import transformers; transformers.Trainer.compute_loss = 0",
+}
+
+
+@pytest.mark.parametrize("check", BROKEN)
+def test_broken_models_are_a_problem(tmp_path, check):
+    before = f"import torch, hf_packfix.models.modeling_recurrent as m\n{BROKEN[check]}"
+    status, report = doctor(tmp_path, before=before)
+    assert (status, report["healthy"]) == (1, False)
+    assert report["models"][check].startswith("failed: ")
+    assert any(problem.startswith(f"hf_packfix.models, {check}: failed: ") for problem in report["problems"])
+
+
+def test_a_value_of_the_variable_that_nobody_knows_is_one_problem(tmp_path):
+    status, report = doctor(tmp_path, before="import os; os.environ['HF_PACKFIX'] = 'maybe'")
+    (problem,) = report["problems"]
+    assert status == 1
+    assert problem.startswith("HF_PACKFIX='maybe' is not one of: ")
 
 
 def test_modules_that_print_and_that_end(tmp_path):

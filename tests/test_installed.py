@@ -159,7 +159,7 @@ def test_newer_than_tested_under_warnings_as_errors(installed):
         code = "import transformers, hf_packfix; print(hf_packfix.is_enabled())"
         result = installed.run("-W", "error::UserWarning", "-c", code, variable="1")
         assert result.stdout == "True\n", result.stderr
-        assert sum("99.0 is newer than" in line for line in result.stderr.splitlines()) == 1
+        assert "packfix" not in result.stderr
     finally:
         shutil.rmtree(new)
 
@@ -279,7 +279,7 @@ def test_doctor_of_a_healthy_installation(installed):
     assert states == {patch.target: state_here(patch) for patch in PATCHES}
     text = installed.run("-m", "hf_packfix", "doctor", variable="1")
     assert text.returncode == 0
-    assert text.stdout.splitlines()[-1] == "healthy"
+    assert text.stdout.splitlines()[0] == "healthy"
     assert "HF_PACKFIX is '1'" in text.stdout
 
 

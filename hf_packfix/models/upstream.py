@@ -56,6 +56,7 @@ __all__ = [
     "UpstreamName",
     "deviations",
     "given_state",
+    "premature",
     "rename_state",
 ]
 
@@ -107,6 +108,7 @@ def _words(module: str, use: str, *words: str) -> tuple[UpstreamName, ...]:
 
 
 _GENERATION = "transformers.generation.utils"
+_OUTPUT = "transformers.modeling_outputs:CausalLMOutputWithPast"
 
 #: Every upstream name that the models rely on.
 CONTRACT: tuple[UpstreamName, ...] = (
@@ -128,7 +130,7 @@ CONTRACT: tuple[UpstreamName, ...] = (
         "transformers:AutoModelForSequenceClassification.register",
         "transformers:AutoModelForTokenClassification.register",
     ),
-    *_objects("called", "transformers:PreTrainedModel.post_init", "transformers:ModelOutput.to_tuple"),
+    *_objects("called", "transformers:PreTrainedModel.post_init", "transformers.utils.generic:ModelOutput.to_tuple"),
     *_objects(
         "overridden",
         "transformers:PreTrainedModel._init_weights",
@@ -161,41 +163,55 @@ CONTRACT: tuple[UpstreamName, ...] = (
     *_words(_GENERATION, "output or argument of the encoder-decoder", "encoder_outputs", "decoder_attention_mask"),
     *_words("transformers.trainer", "what the Trainer reads or passes", "keys_to_ignore_at_inference", "label_names"),
     *_words("transformers.trainer", "keyword that the Trainer passes to forward", "num_items_in_batch"),
-    UpstreamName(_GENERATION, "past_key_values", "keyword for the state", until="5.24"),
-    UpstreamName(_GENERATION, "cache", "keyword for the state", since="5.24"),
-    UpstreamName(_GENERATION, "logits_to_keep", "keyword that generate() passes to forward", since="4.50"),
-    UpstreamName(_GENERATION, "is_compileable", "attribute of the cache that generate() reads", since="4.50"),
-    UpstreamName(_GENERATION, "is_croppable", "attribute of the cache that generate() reads", since="5.20"),
-    UpstreamName(_GENERATION, "is_linear", "attribute of the cache that generate() reads", since="5.20"),
-    UpstreamName(_GENERATION, "batch_select_indices", "method of the cache that generate() calls", until="4.55"),
-    UpstreamName(_GENERATION, "batch_repeat_interleave", "method of the cache that generate() calls", until="4.55"),
+    UpstreamName(f"{_OUTPUT}.past_key_values", "", "field of the state; from 5.24 on another name of `cache`"),
+    UpstreamName(f"{_OUTPUT}.cache", "", "field of the state", since="5.24"),
+    UpstreamName(_GENERATION, "logits_to_keep", "keyword that generate() passes to forward", since="4.49"),
+    UpstreamName(_GENERATION, "is_compileable", "attribute of the cache that generate() reads", since="4.49"),
+    UpstreamName(_GENERATION, "is_croppable", "attribute of the cache that generate() reads", since="5.17"),
+    UpstreamName(_GENERATION, "is_linear", "attribute of the cache that generate() reads", since="5.24"),
+    UpstreamName(_GENERATION, "batch_select_indices", "method of the cache that generate() calls", until="4.56"),
+    UpstreamName(_GENERATION, "batch_repeat_interleave", "method of the cache that generate() calls", until="4.56"),
     UpstreamName(
         "transformers.configuration_utils",
         "is_composition",
         "class attribute: a configuration cannot be built from defaults",
-        until="4.53",
+        until="4.52",
     ),
     UpstreamName(
         "transformers.configuration_utils",
         "has_no_defaults_at_init",
         "class attribute: a configuration cannot be built from defaults",
-        since="4.53",
-        until="5.0",
+        since="4.52",
+        until="5.20",
     ),
 )
 
 
 def deviations() -> list[str]:
     """Return what the installed transformers lacks of the contract, one line a name; empty if nothing."""
-    try:
-        version = Version(transformers.__version__)
-    except InvalidVersion:
-        return []
+    version = _installed()
     return [
         f"transformers {version} has no {name}, on which hf_packfix.models rely ({name.use})"
         for name in CONTRACT
-        if name.expected_in(version) and not name.found()
+        if version is not None and name.expected_in(version) and not name.found()
     ]
+
+
+def premature() -> list[str]:
+    """Return the names that are there outside the releases that the contract lists for them, one line a name."""
+    version = _installed()
+    return [
+        f"transformers {version} has {name}, expected since {name.since} and until {name.until or 'further notice'}"
+        for name in CONTRACT
+        if version is not None and not name.expected_in(version) and name.found()
+    ]
+
+
+def _installed() -> Version | None:
+    try:
+        return Version(transformers.__version__)
+    except InvalidVersion:
+        return None
 
 
 # --- the recurrent state ----------------------------------------------------------------------------------

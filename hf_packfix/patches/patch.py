@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import sys
 import types
@@ -68,6 +69,8 @@ class Patch:
         reason: why, in a line.
         parameters: the names that the target's parameters must start with.
         handled: tells whether a function as found upstream does what is right already; None where no probe can.
+        since: the first release that has the target; None if all supported ones do.
+        until: the first release that needs no patch there; None if all do.
         active: whether the wrapper acts. A wrapper that cannot be taken off, because somebody wrapped it
             in turn, stays where it is and hands over to the original while this is False.
     """
@@ -79,6 +82,8 @@ class Patch:
         make: Callable[[Function, Patch], Function],
         parameters: tuple[str, ...],
         handled: Callable[[Function], bool] | None,
+        since: str | None = None,
+        until: str | None = None,
     ) -> None:
         self.target = target
         self.module, self.path = target.split(":")
@@ -87,14 +92,34 @@ class Patch:
         self._make = make
         self.parameters = parameters
         self.handled = handled
+        self.since = since
+        self.until = until
         # All there ever were: after a reload the class before it lives on in its subclasses, and somebody may put
         # back a wrapper that he took away.
         self._layers: list[_Layer] = []
         self._verdict: tuple[State, str] = ("pending", "")
         self._judged: Function | None = None
+        #: Parameters of the target that the wrapper does not know, and passes on.
+        self.unknown: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Patch {self.target}>"
+
+    def expected_on(self, version: str | None) -> bool:
+        """Return whether a release of the target's package should have the target, as far as is known.
+
+        Args:
+            version: of the release; None or a string that is no version: nothing is known.
+        """
+        # Imported here: needed only where a target is missing.
+        from packaging.version import InvalidVersion, Version
+
+        try:
+            release = Version(version or "")
+        except InvalidVersion:
+            return False
+        begun = self.since is None or release >= Version(self.since)
+        return begun and (self.until is None or release < Version(self.until))
 
     def put_on(self) -> None:
         """Wrap the target, unless it is wrapped, absent, changed, or right as it is."""
@@ -132,6 +157,8 @@ class Patch:
     def _try_on(self) -> tuple[State, str]:
         module = sys.modules.get(self.module)
         if module is None:
+            if _does_not_exist(self.module):
+                return "not-applicable", f"there is no module {self.module} here"
             return "pending", ""
         for other in self._other_copies(self._current()):
             other.take_off()
@@ -152,7 +179,7 @@ class Patch:
                         "refused",
                         f"expected the parameters ({', '.join(self.parameters)}), found ({', '.join(found)})",
                     )
-                wrapper = functools.wraps(current)(self._make(current, self))
+                wrapper = functools.wraps(current)(self._wrapper(current, found))
                 setattr(wrapper, _ATTRIBUTE, self)
                 self._layers.append(_Layer(owner, current, wrapper))
         # Before it is visible: another thread may call it at once.
@@ -160,6 +187,27 @@ class Patch:
         for layer in self._layers:
             self._swap(layer, layer.original, layer.wrapper)
         return "applied", ""
+
+    def _wrapper(self, original: Function, found: tuple[str, ...]) -> Function:
+        """Return the wrapper of a function with these parameters, of which a later release may have added some."""
+        wrapper = self._make(original, self)
+        known = _parameters(wrapper)
+        self.unknown = () if _takes_any(wrapper) else tuple(name for name in found if name not in known)
+        if not self.unknown:
+            return wrapper
+
+        def with_unknown_parameters(*args: Any, **kwargs: Any) -> Any:
+            added = args[len(known) :]
+            named = {name: kwargs.pop(name) for name in set(kwargs) - set(known)}
+            if not added and not named:
+                return wrapper(*args, **kwargs)
+
+            def passing_them_on(*args: Any, **kwargs: Any) -> Any:
+                return original(*args, *added, **kwargs, **named)
+
+            return self._make(passing_them_on, self)(*args[: len(known)], **kwargs)
+
+        return with_unknown_parameters
 
     def _swap(self, layer: _Layer, old: Function, new: Function) -> None:
         name = self.path.rpartition(".")[2]
@@ -202,6 +250,8 @@ def patch(
     reason: str,
     parameters: tuple[str, ...],
     handled: Callable[[Function], bool] | None = None,
+    since: str | None = None,
+    until: str | None = None,
 ) -> Callable[[Callable[[Function, Patch], Function]], Patch]:
     """Declare a patch; decorates the function that makes the wrapper from the original and the patch.
 
@@ -211,10 +261,12 @@ def patch(
         parameters: the names that the target's parameters start with; anything else refuses the patch.
         handled: given the function as found upstream, tells whether it already does the right thing for a
             tiny PackedSequence on the CPU; an exception counts as no.
+        since: the first release of the target's package that has the target; by default, all supported ones do.
+        until: the first release that needs no patch there; by default, all do.
     """
 
     def declare(make: Callable[[Function, Patch], Function]) -> Patch:
-        return Patch(target, reason, make, parameters, handled)
+        return Patch(target, reason, make, parameters, handled, since, until)
 
     return declare
 
@@ -264,6 +316,22 @@ def _parameters(function: Function) -> tuple[str, ...]:
         return tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return ()
+
+
+def _takes_any(function: Function) -> bool:
+    kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+    return not kinds.isdisjoint({inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD})
+
+
+def _does_not_exist(module: str) -> bool:
+    """Return whether a module's package is loaded and has no such module."""
+    package = sys.modules.get(module.rpartition(".")[0])
+    if package is None or getattr(getattr(package, "__spec__", None), "_initializing", False):
+        return False
+    try:
+        return importlib.util.find_spec(module) is None
+    except (ImportError, AttributeError, ValueError):
+        return False
 
 
 def _name(function: Any) -> str:

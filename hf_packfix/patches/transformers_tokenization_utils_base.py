@@ -19,6 +19,7 @@ def _handles_move(original: Function) -> bool:
     reason="in 4.46 silently drops every value that is no tensor; later leaves a pack where it is",
     parameters=("self", "device"),
     handled=_handles_move,
+    until="4.54",
 )
 def to(original: Function, patch: Patch) -> Function:
     """Move ``data`` as the original moves a tensor, and keep the pack in the batch."""

@@ -85,6 +85,7 @@ def _handles_token_count(original: Function) -> bool:
     reason="include_num_input_tokens_seen asks the main input for numel(); counts the lengths of the sequences",
     parameters=("self", "inputs"),
     handled=_handles_token_count,
+    since="5.3",
 )
 def track_num_input_tokens(original: Function, patch: Patch) -> Function:
     """Hand over one element a token, all of them real, so that both modes count the sum of the lengths."""
@@ -128,6 +129,7 @@ def _handles_item_count(original: Function) -> bool:
     reason="silently gives up on packed labels, so that accumulated gradients come out N times too large",
     parameters=("self", "batch_samples", "device"),
     handled=_handles_item_count,
+    since="4.57",
 )
 def get_num_items_in_batch(original: Function, patch: Patch) -> Function:
     """Let the original count, in tensors: it knows whose loss shifts labels, and across which devices to sum."""
@@ -190,6 +192,7 @@ def _counts_elsewhere(original: Function) -> bool:
     reason="up to 5.2 items (up to 4.56) and input tokens are counted inline, around here; answers for a pack",
     parameters=("self", "epoch_iterator", "num_batches"),
     handled=_counts_elsewhere,
+    until="5.3",
 )
 def get_batch_samples(original: Function, patch: Patch) -> Function:
     """Let the original count the items of rectangles, and the loop the tokens of packs that answer ``numel()``.
