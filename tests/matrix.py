@@ -1,10 +1,11 @@
 """Run the behavioural tests on every pair of transformers and accelerate that is supported.
 
-    python tests/matrix.py [VERSION ...] [--part behaviour|conformance] [--cache DIR] [--jobs N]
+    python tests/matrix.py [VERSION ...] [--pre] [--part behaviour|conformance] [--cache DIR] [--jobs N]
 
-The pairs are those of ``hf_packfix/versions.py``; VERSION names one by its transformers. Each gets a folder that
-pip fills once; torch is this interpreter's own, linked. The oldest pair also gets the oldest wrapt,
-importlib-metadata and packaging that ``pyproject.toml`` allows. Exits with 1 where a test fails.
+The pairs are those of ``hf_packfix/versions.py``; VERSION names one by its transformers. ``newest`` is what pip
+resolves today, with ``--pre`` pre-releases as well. Each pair gets a folder that pip fills once, and ``newest`` one
+that it fills every time; torch is this interpreter's own, linked. The oldest pair also gets the oldest wrapt,
+importlib-metadata and packaging that ``pyproject.toml`` allows. Exits with 1 if a test fails.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +22,7 @@ import time
 import venv
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import Distribution, distribution
+from importlib.metadata import Distribution, distribution, distributions
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -36,12 +38,16 @@ PARTS = {
     "behaviour": [
         "activation",
         "bad_batches",
+        "collator",
         "conformance",
         "distributed",
         "drift",
         "each_patch_is_needed",
+        "encoder_decoder",
         "evaluate",
+        "generation",
         "hand_over",
+        "models",
         "older_upstream",
         "packed",
         "patch",
@@ -130,6 +136,22 @@ def install(pair: dict[str, str], cache: Path) -> Path:
     return fill(cache, "-".join(pair.values()), requirements(pair), [f"accelerate=={pair['accelerate']}"])
 
 
+def newest(cache: Path, *, pre: bool) -> tuple[dict[str, str], Path]:
+    """Install what pip resolves today; return the pair that it is, and the folder.
+
+    Args:
+        cache: where the folder is.
+        pre: whether pre-releases count.
+    """
+    name = "newest-pre" if pre else "newest"
+    shutil.rmtree(cache / name, ignore_errors=True)
+    flags = ["--pre"] if pre else []
+    needs = ["transformers", "wrapt", "importlib-metadata", "packaging", *TOOLS]
+    target = fill(cache, name, [*flags, *needs], [*flags, "accelerate"])
+    found = {item.name: item.version for item in distributions(path=[str(target)])}
+    return {package: found[package] for package in TESTED[-1]}, target
+
+
 def fill(cache: Path, name: str, needs: list[str], alone: list[str]) -> Path:
     """Return a folder with what pip installs, unless it is there.
 
@@ -153,9 +175,9 @@ def fill(cache: Path, name: str, needs: list[str], alone: list[str]) -> Path:
     return target
 
 
-def run(pair: dict[str, str], part: str, cache: Path) -> Result:
-    """Run a part of the tests on a pair."""
-    python, target = interpreter(cache), install(pair, cache)
+def run(pair: dict[str, str], target: Path, part: str, cache: Path) -> Result:
+    """Run a part of the tests on a pair that is installed in a folder."""
+    python = interpreter(cache)
     report = cache / f"{'-'.join(pair.values())}-{part}.xml"
     report.unlink(missing_ok=True)
     files = sorted(str(file) for stem in PARTS[part] for file in (ROOT / "tests").glob(f"test_{stem}.py"))
@@ -180,19 +202,27 @@ def main() -> int:
     """Run, print the table, and return 1 where something failed."""
     known = [pair["transformers"] for pair in TESTED]
     parser = argparse.ArgumentParser(description="run the behavioural tests on every supported version")
-    parser.add_argument("versions", nargs="*", metavar="VERSION", help=f"of {', '.join(known)}; all by default")
+    parser.add_argument(
+        "versions", nargs="*", metavar="VERSION", help=f"of {', '.join(known)}, newest; the numbers by default"
+    )
+    parser.add_argument("--pre", action="store_true", help="let `newest` be a pre-release")
     parser.add_argument("--part", choices=list(PARTS), default="behaviour")
     parser.add_argument("--jobs", type=int, default=2, help="how many versions to test at a time")
     parser.add_argument("--cache", type=Path, default=CACHE)
     options = parser.parse_args()
     for version in options.versions:
-        if version not in known:
-            parser.error(f"{version} is not in hf_packfix/versions.py; expected one of {', '.join(known)}")
+        if version not in (*known, "newest"):
+            parser.error(f"{version} is not in hf_packfix/versions.py; expected one of {', '.join(known)}, newest")
+    if options.pre and "newest" not in options.versions:
+        parser.error("--pre is for `newest`: python tests/matrix.py newest --pre")
     pairs = [pair for pair in TESTED if pair["transformers"] in (options.versions or known)]
     options.cache.mkdir(parents=True, exist_ok=True)
     interpreter(options.cache)
+    installed = [(pair, install(pair, options.cache)) for pair in pairs]
+    if "newest" in options.versions:
+        installed.append(newest(options.cache, pre=options.pre))
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda pair: run(pair, options.part, options.cache), pairs))
+        results = list(pool.map(lambda found: run(*found, options.part, options.cache), installed))
     for result in results:
         if result.failed:
             print(f"\n=== {result.name}\n{result.output}")

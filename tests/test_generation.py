@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from torch.nn.utils.rnn import pack_sequence
 from transformers import GenerationConfig
 
@@ -172,9 +170,6 @@ def test_every_step_reads_one_token(monkeypatch):
     assert seen == [inputs.shape[1], 1, 1, 1, 1]
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("4.57"), reason="reads a cache it does not know as a tuple"
-)
 def test_generation_continues_from_a_returned_cache():
     model = build(sharpness=2.0)
     model.generation_config.eos_token_id = None
