@@ -22,7 +22,7 @@ from hf_packfix.switch import ACCEPTED, VARIABLE, switch, value
 if TYPE_CHECKING:
     from hf_packfix.patches import Patch, PatchStatus
 
-__all__ = ["Status", "activate_on_import", "disable", "enable", "is_enabled", "status"]
+__all__ = ["Status", "activate_on_import", "difference", "disable", "enable", "is_enabled", "status"]
 
 logger = logging.getLogger("hf_packfix")
 
@@ -286,14 +286,14 @@ def _put_on(patches: Iterable[Patch]) -> None:
         if after == before:
             continue
         logger.debug("%s: %s%s", after.target, after.state, f" ({after.detail})" if after.detail else "")
-        difference = _difference(patch, after)
-        if difference:
-            _tell(difference)
+        found = difference(patch, after)
+        if found:
+            _tell(found)
     if not _announced:
         _announce()
 
 
-def _difference(patch: Patch, status: PatchStatus) -> str:
+def difference(patch: Patch, status: PatchStatus) -> str:
     """Return how a target differs from what its patch expects, and what that means; empty if it does not."""
     package = patch.module.partition(".")[0]
     version = getattr(sys.modules.get(package), "__version__", None)

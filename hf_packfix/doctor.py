@@ -16,7 +16,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-from hf_packfix.activation import Status, status
+from hf_packfix.activation import Status, difference, status
 from hf_packfix.patches import PATCHES
 from hf_packfix.selftest import selftest
 from hf_packfix.switch import ACCEPTED, VARIABLE, switch, value
@@ -136,7 +136,10 @@ def examine(modules: Sequence[str]) -> Report:
     now = status()
     if not now.enabled and asks not in ("off", None):  # None: said above
         problems.append(now.reason)
-    problems += [f"{p.target} is not patched: {p.detail}" for p in now.patches if p.state == "refused"]
+    for patch, stands in zip(PATCHES, now.patches, strict=True):
+        text = difference(patch, stands)
+        if text:
+            (warnings if stands.state == "applied" else problems).append(text)
     return Report(
         healthy=not problems,
         python=f"{platform.python_version()} ({sys.executable})",
