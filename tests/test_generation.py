@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+import transformers
 from torch.nn.utils.rnn import pack_sequence
 from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
-from hf_packfix.models import RecurrentCache, RecurrentConfig, RecurrentForCausalLM
+from hf_packfix.models import RecurrentCache, RecurrentConfig, RecurrentForCausalLM, RecurrentModelOutput
+from hf_packfix.models.upstream import CACHE_NAME, CACHE_NAMES
 from tests.layouts import arrange, run
 
 PAD, EOS, V = 0, 10, 17
@@ -186,6 +191,75 @@ def test_generation_continues_from_a_returned_cache():
     config.max_new_tokens = 6
     at_once = model.generate(ids, attention_mask=mask, generation_config=config)
     assert torch.equal(again.sequences, at_once.sequences)
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_the_state_is_accepted_under_every_name(name):
+    model = build(sharpness=2.0)
+    model.generation_config.eos_token_id = None
+    ids = torch.stack(prompts((5, 5)))
+    begun = model(ids[:, :4])
+    rest = model(ids[:, 4:], **{name: begun[CACHE_NAME]})
+    torch.testing.assert_close(rest.logits, model(ids).logits[:, 4:])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
+    found = model.generate(ids, **{name: begun[CACHE_NAME]}, **options)
+    assert torch.equal(found, model.generate(ids, **options))
+
+
+def test_two_states_are_refused():
+    model, ids = build(), torch.stack(prompts((5, 5)))
+    state = model(ids)[CACHE_NAME]
+    with pytest.raises(ValueError, match=r"found (cache|past_key_values) and "):
+        model(ids, cache=state, past_key_values=state)
+
+
+def test_no_deprecation_of_upstream_is_met(caplog, recwarn):
+    logger = transformers.utils.logging.get_logger("transformers")
+    logger.warning_once.__func__.cache_clear()
+    model, ids = build(), torch.stack(prompts((5, 5)))
+    logger.addHandler(caplog.handler)
+    try:
+        model(ids, labels=ids).loss.backward()
+        model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=2, max_new_tokens=3, do_sample=False)
+    finally:
+        logger.removeHandler(caplog.handler)
+    deprecations = [record.getMessage() for record in caplog.records if "deprecat" in record.getMessage()]
+    assert deprecations == []
+    assert [str(w.message) for w in recwarn if issubclass(w.category, (DeprecationWarning, FutureWarning))] == []
+
+
+def test_no_field_has_a_name_that_upstream_reserves():
+    ours = {field.name for field in dataclasses.fields(RecurrentModelOutput)}
+    assert ours.isdisjoint({*CACHE_NAMES, "cache_params", CACHE_NAME})
+
+
+def test_several_sequences_for_each_prompt():
+    model, (inputs, mask) = build(), arrange("left", prompts(), fill=PAD)
+    options = {"attention_mask": mask, "max_new_tokens": 4, "min_new_tokens": 4}
+    beams = model.generate(inputs, num_beams=3, num_return_sequences=2, do_sample=False, **options)
+    best = model.generate(inputs, num_beams=3, do_sample=False, **options)
+    assert torch.equal(beams[::2], best)
+    sampled = model.generate(inputs, do_sample=True, num_return_sequences=3, **options)
+    assert torch.equal(sampled[:, : inputs.shape[1]], inputs.repeat_interleave(3, dim=0))
+
+
+def test_a_streamer_gets_every_token():
+    class Streamer(BaseStreamer):
+        def __init__(self):
+            self.got, self.ended = [], False
+
+        def put(self, value):
+            self.got += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    model, streamer = build(), Streamer()
+    ids = prompts((5,))[0][None]
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), streamer=streamer, max_new_tokens=4, do_sample=False
+    )
+    assert (streamer.got, streamer.ended) == (found.flatten().tolist(), True)
 
 
 def test_assisted_generation_is_refused():
