@@ -108,7 +108,7 @@ class DataCollatorForPackedSequence:
         values = _promote(key, values)
         if not packs:
             return torch.stack(values)
-        return from_flat(torch.cat(values), torch.tensor([shape[0] for shape in shapes]))
+        return from_flat(torch.cat(values), torch.tensor([shape[0] for shape in shapes], device="cpu"))
 
 
 def _columns(features: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -13,9 +13,19 @@ from numpy import ndarray
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from hf_packfix.packed import check
+from hf_packfix.packed import batch_size, check
 
-__all__ = ["LEAVES", "check_batch", "contains", "contains_namedtuple", "graft", "is_namedtuple", "rebuild", "replace"]
+__all__ = [
+    "LEAVES",
+    "check_batch",
+    "contains",
+    "contains_namedtuple",
+    "graft",
+    "is_namedtuple",
+    "rebuild",
+    "replace",
+    "sequences_of_keys",
+]
 
 #: What a batch mostly holds. Asked for first, since whether something is a ``Mapping``, an abstract class, takes
 #: several times as long to find out; subclasses of these take that way.
@@ -47,6 +57,23 @@ def check_batch(batch: Any) -> bool:
                 replace(checked, value)
             except ValueError as error:
                 raise ValueError(f"{key!r} in the batch: {error}") from None
+    return found
+
+
+def sequences_of_keys(batch: Mapping[str, Any]) -> dict[str, int]:
+    """Return for each key with a PackedSequence the number of sequences of its first one.
+
+    Raises:
+        ValueError: the fields of a PackedSequence contradict each other.
+    """
+    found: dict[str, int] = {}
+    for key, value in batch.items():
+
+        def note(packed: PackedSequence, key: str = key) -> PackedSequence:
+            found.setdefault(key, batch_size(packed))
+            return packed
+
+        replace(note, value)
     return found
 
 

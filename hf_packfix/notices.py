@@ -15,13 +15,18 @@ class HFPackfixWarning(UserWarning):
     """Something about hf_packfix that a user should know; raised once a process for each cause."""
 
 
-def warn_once(message: str) -> None:
+def warn_once(message: str, *, cause: str | None = None) -> None:
     """Warn with an :class:`HFPackfixWarning` that points at the first caller outside this package.
 
     Says nothing in a distributed run's other processes.
+
+    Args:
+        message: what to say.
+        cause: what to say it once for; the message by default.
     """
-    if message not in _warned and is_main_process():
-        _warned.add(message)
+    cause = cause or message
+    if cause not in _warned and is_main_process():
+        _warned.add(cause)
         warnings.warn(message, HFPackfixWarning, stacklevel=_stacklevel())
 
 

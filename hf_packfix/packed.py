@@ -11,6 +11,7 @@ on the device of ``data`` (``torch/nn/utils/rnn.py``, class ``PackedSequence``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "batch_size",
     "check",
     "concatenate",
+    "dtype_with",
     "from_flat",
     "lengths",
     "num_tokens",
@@ -50,11 +52,13 @@ class Countable(PackedSequence):
 
     def sum(self) -> Tensor:
         """Return N as an int64 scalar."""
-        return torch.tensor(num_tokens(self))
+        return torch.tensor(num_tokens(self), device="cpu")
 
     def __ne__(self, other: object) -> Any:
         # A pack holds no padding, so no step of it is the padding token.
-        return torch.ones(num_tokens(self), dtype=torch.bool) if isinstance(other, int) else super().__ne__(other)
+        if not isinstance(other, int):
+            return super().__ne__(other)
+        return torch.ones(num_tokens(self), dtype=torch.bool, device="cpu")
 
     def plain(self) -> PackedSequence:
         """Return the same fields as an ordinary PackedSequence."""
@@ -88,18 +92,31 @@ def lengths(packed: PackedSequence) -> Tensor:
     return by_rank if packed.unsorted_indices is None else by_rank[packed.unsorted_indices.cpu()]
 
 
-def pad(packed: PackedSequence, padding_value: float = 0.0, total_length: int | None = None) -> Tensor:
-    """Return the rectangle ``[B, T, *]``: batch first, original order, dtype and device of ``data``.
+def pad(
+    packed: PackedSequence, padding_value: float = 0.0, total_length: int | None = None, *, promote: bool = False
+) -> Tensor:
+    """Return the padded tensor ``[B, T, *]``: batch first, original order, dtype and device of ``data``.
 
     Args:
         packed: the sequences.
-        padding_value: what stands behind the end of a sequence, in the dtype of ``data``.
+        padding_value: what stands behind the end of a sequence.
         total_length: the second dimension of the result, at least T; T by default.
+        promote: if the dtype of ``data`` does not hold ``padding_value``, return the smallest one that holds both,
+            instead of raising; see :func:`dtype_with`.
 
     Raises:
-        ValueError: ``total_length`` is smaller than T, or the fields of ``packed`` contradict each other.
+        ValueError: ``total_length`` is smaller than T, the dtype of ``data`` does not hold ``padding_value``, or the
+            fields of ``packed`` contradict each other.
     """
     check(packed)
+    dtype = dtype_with(packed.data.dtype, padding_value)
+    if dtype != packed.data.dtype:
+        if not promote:
+            raise ValueError(
+                f"{packed.data.dtype} does not hold the padding_value {padding_value}: choose another one, or convert "
+                f"the data first: pad(packed._replace(data=packed.data.to({dtype})), {padding_value})"
+            )
+        packed = with_data(packed, packed.data.to(dtype))
     steps = packed.batch_sizes.numel()
     if total_length is not None and total_length < steps:
         raise ValueError(f"total_length is {total_length}, but the longest sequence has {steps} steps")
@@ -111,6 +128,38 @@ def pad(packed: PackedSequence, padding_value: float = 0.0, total_length: int | 
     # through autograd, and takes the same path for a `total_length`.
     rows, steps_of = _positions(packed)
     return rectangle.index_put_((rows.to(packed.data.device), steps_of.to(packed.data.device)), packed.data)
+
+
+def dtype_with(dtype: torch.dtype, value: float) -> torch.dtype:
+    """Return the smallest dtype that holds all values of ``dtype`` and also ``value``, such as -100 beside bytes.
+
+    Args:
+        dtype: of tensors.
+        value: to hold; a floating-point dtype holds what it can round to a finite number, and NaN and infinity.
+
+    Returns:
+        ``dtype`` itself if it holds the value; for bool and integers otherwise a signed integer dtype, or float64 if
+        there is none; for floating-point numbers a wider one.
+    """
+    if _holds(dtype, value):
+        return dtype
+    wider = [torch.int8, torch.int16, torch.int32, torch.int64]
+    if dtype.is_floating_point:
+        wider = [torch.float16, torch.float32]
+    span = (0, 1) if dtype is torch.bool else (_info(dtype).min, _info(dtype).max)
+    return next((one for one in wider if all(_holds(one, bound) for bound in (*span, value))), torch.float64)
+
+
+def _holds(dtype: torch.dtype, value: float) -> bool:
+    if dtype.is_floating_point or dtype.is_complex:
+        return not math.isfinite(value) or abs(value) <= _info(dtype).max
+    if not math.isfinite(value) or value != int(value):
+        return False
+    return value in (0, 1) if dtype is torch.bool else _info(dtype).min <= value <= _info(dtype).max
+
+
+def _info(dtype: torch.dtype) -> torch.finfo | torch.iinfo:
+    return torch.finfo(dtype) if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype)
 
 
 def pad_left(packed: PackedSequence, padding_value: float = 0.0) -> Tensor:
@@ -210,7 +259,7 @@ def take(packed: PackedSequence, which: slice | Sequence[int]) -> PackedSequence
     if isinstance(which, slice) and which.indices(sequences) == (0, sequences, 1):
         return packed
     rank = _rank(packed)
-    chosen = rank[which] if isinstance(which, slice) else rank[torch.tensor(which, dtype=torch.int64)]
+    chosen = rank[which] if isinstance(which, slice) else rank[torch.tensor(which, dtype=torch.int64, device="cpu")]
     return from_flat(*_gather(packed, chosen), keep_order=packed.sorted_indices is None)
 
 
@@ -290,7 +339,7 @@ def _batch_size(packed: PackedSequence) -> int:
 def _rank(packed: PackedSequence) -> Tensor:
     """Return, in original order, the place of every sequence in the sorted order: int64 ``[B]``, CPU."""
     if packed.unsorted_indices is None:
-        return torch.arange(_batch_size(packed))
+        return torch.arange(_batch_size(packed), device="cpu")
     return packed.unsorted_indices.cpu()
 
 
@@ -298,7 +347,7 @@ def _lengths_by_rank(packed: PackedSequence) -> Tensor:
     """Return the lengths from the longest sequence down: int64 ``[B]``, CPU."""
     sizes = packed.batch_sizes
     # Sequence r is alive at step t while batch_sizes[t] > r, and batch_sizes never increase.
-    over = torch.searchsorted(sizes.flip(0), torch.arange(_batch_size(packed)), right=True)
+    over = torch.searchsorted(sizes.flip(0), torch.arange(_batch_size(packed), device="cpu"), right=True)
     return sizes.numel() - over
 
 
@@ -325,4 +374,4 @@ def _group_and_place(sizes: Tensor) -> tuple[Tensor, Tensor]:
     """
     group = torch.repeat_interleave(sizes)
     starts = sizes.cumsum(0) - sizes
-    return group, torch.arange(group.numel()) - starts.index_select(0, group)
+    return group, torch.arange(group.numel(), device=group.device) - starts.index_select(0, group)

@@ -3,12 +3,15 @@
 The evaluation loop asks for rectangles and concatenates them batch by batch: it copies everything it has so far
 each time, padding included, so that its cost grows with the square of the number of rows. A rectangle made of a
 pack remembers its lengths. As long as nobody has changed it, its real steps and the lengths are all there is to
-keep, and one rectangle is built at the end.
+keep, and one rectangle is built at the end. What else the loop adds, such as class numbers that
+``preprocess_logits_for_metrics`` made of the logits, is kept batch by batch and joined once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +20,50 @@ from torch import Tensor
 
 from hf_packfix.nested import rebuild
 
-__all__ = ["Pieces", "Strip", "any_remembered", "is_remembered", "lengths_of", "remember"]
+__all__ = [
+    "Pieces",
+    "Strip",
+    "any_remembered",
+    "evaluation_loop",
+    "is_remembered",
+    "lengths_of",
+    "loop_is_packed",
+    "note_packed",
+    "remember",
+]
 
 #: The attribute of a tensor that holds its lengths and its version counter at that time.
 _ATTRIBUTE = "_hf_packfix_lengths"
+
+
+class _Loop:
+    packed = False
+
+
+_loop: ContextVar[_Loop | None] = ContextVar("hf_packfix_evaluation_loop", default=None)
+
+
+@contextmanager
+def evaluation_loop() -> Iterator[None]:
+    """Let :func:`note_packed` and :func:`loop_is_packed` mean the evaluation loop that runs inside."""
+    token = _loop.set(_Loop())
+    try:
+        yield
+    finally:
+        _loop.reset(token)
+
+
+def note_packed() -> None:
+    """Note that the evaluation loop has met a packed batch; does nothing outside of a loop."""
+    loop = _loop.get()
+    if loop is not None:
+        loop.packed = True
+
+
+def loop_is_packed() -> bool:
+    """Return whether the evaluation loop has met a packed batch."""
+    loop = _loop.get()
+    return loop is not None and loop.packed
 
 
 def remember(rectangle: Tensor, lengths: Tensor) -> Tensor:
@@ -79,14 +122,16 @@ class Pieces:
     def __init__(self, padding: float) -> None:
         self._padding = padding
         self._batches: list[Any] = []
+        self._on_cpu = 0  # how many of them, from the first on
 
     def add(self, tree: Any) -> None:
         """Keep a batch: the real steps of rectangles that know their lengths, the rest as it is."""
-        self._batches.append(_strip(tree))
+        self._batches.append(_strip(tree, self._padding))
 
     def to_cpu(self) -> None:
         """Move everything to the CPU."""
-        self._batches = [_to_cpu(tree) for tree in self._batches]
+        self._batches[self._on_cpu :] = map(_to_cpu, self._batches[self._on_cpu :])
+        self._on_cpu = len(self._batches)
 
     def merge(self) -> Any:
         """Return one batch of CPU tensors: ``[sum of B, max of T, *]``, padded, as concatenating them would give.
@@ -97,16 +142,19 @@ class Pieces:
         return _merge(batches, self._padding)
 
 
-def _strip(tree: Any) -> Any:
+def _strip(tree: Any, padding: float) -> Any:
     if isinstance(tree, Tensor):
         lengths = lengths_of(tree)
         if lengths is None:
-            return tree
-        real = torch.arange(tree.shape[1]) < lengths[:, None]
-        return Strip(tree[real.to(tree.device)], lengths, tree.shape[1])
+            return tree.clone()  # whoever made it may use its memory again for the next batch
+        real = (torch.arange(tree.shape[1], device="cpu") < lengths[:, None]).to(tree.device)
+        # What was written through `.data` or `.numpy()` does not count as a version: stock keeps it, so look.
+        if bool((tree[~real] != padding).any()):
+            return tree.clone()
+        return Strip(tree[real], lengths, tree.shape[1])
     if isinstance(tree, Mapping):
-        return type(tree)({key: _strip(value) for key, value in tree.items()})  # type: ignore[call-arg]
-    return rebuild(tree, [_strip(item) for item in tree]) if isinstance(tree, (tuple, list)) else tree
+        return type(tree)({key: _strip(value, padding) for key, value in tree.items()})  # type: ignore[call-arg]
+    return rebuild(tree, [_strip(item, padding) for item in tree]) if isinstance(tree, (tuple, list)) else tree
 
 
 def _to_cpu(tree: Any) -> Any:
@@ -124,27 +172,51 @@ def _merge(trees: Sequence[Any], padding: float) -> Any:
     if isinstance(first, Mapping):
         return type(first)({key: _merge([tree[key] for tree in trees], padding) for key in first})  # type: ignore[call-arg]
     if isinstance(first, (tuple, list)):
-        columns = zip(*trees, strict=True)
-        return rebuild(first, [_merge(column, padding) for column in columns])
-    return _rectangle(trees, padding)
+        # Not strict: upstream's `nested_concat` also stops at the shortest.
+        return rebuild(first, [_merge(column, padding) for column in zip(*trees, strict=False)])
+    if len(trees) == 1 and not isinstance(first, Strip):
+        return _to_cpu(first)  # a scalar stays one: only what is concatenated gets a dimension
+    return _rectangle([_as_piece(tree) for tree in trees], padding)
+
+
+def _as_piece(leaf: Any) -> Strip | Tensor:
+    if isinstance(leaf, Strip):
+        return leaf
+    if not isinstance(leaf, Tensor):
+        raise TypeError(f"Unsupported type for concatenation: got {type(leaf)}")  # upstream's words
+    piece: Tensor = torch.atleast_1d(leaf).cpu()
+    return piece
+
+
+def _common_dtype(pieces: Sequence[Strip | Tensor]) -> torch.dtype:
+    """Return the dtype of the result: as upstream's pairs give it, promoted between pieces of the same width."""
+    dtypes = [piece.flat.dtype if isinstance(piece, Strip) else piece.dtype for piece in pieces]
+    dtype, width = dtypes[0], _width(pieces[0])
+    for piece, other in zip(pieces, dtypes, strict=True):
+        if _width(piece) == width:
+            dtype = torch.promote_types(dtype, other)
+        width = max(width, _width(piece))
+    return dtype
+
+
+def _width(piece: Strip | Tensor) -> int:
+    return piece.width if isinstance(piece, Strip) else piece.shape[1]
 
 
 def _rectangle(pieces: Sequence[Strip | Tensor], padding: float) -> Tensor:
-    if not any(isinstance(piece, Strip) for piece in pieces):
-        tensors = [torch.atleast_1d(piece).cpu() for piece in pieces]
-        if tensors[0].dim() == 1 or len({tensor.shape[1] for tensor in tensors}) == 1:
-            return torch.cat(tensors)
-        pieces = tensors
+    tensors = [piece for piece in pieces if isinstance(piece, Tensor)]
+    if len(tensors) == len(pieces) and (tensors[0].dim() == 1 or len({tensor.shape[1] for tensor in tensors}) == 1):
+        return torch.cat(tensors)
     heights = [len(piece.lengths) if isinstance(piece, Strip) else len(piece) for piece in pieces]
-    widths = [piece.width if isinstance(piece, Strip) else piece.shape[1] for piece in pieces]
+    widths = list(map(_width, pieces))
     like = pieces[0].flat if isinstance(pieces[0], Strip) else pieces[0]
     trailing = like.shape[1:] if isinstance(pieces[0], Strip) else like.shape[2:]
-    result = torch.full((sum(heights), max(widths), *trailing), padding, dtype=like.dtype)
+    result = torch.full((sum(heights), max(widths), *trailing), padding, dtype=_common_dtype(pieces), device="cpu")
     top = 0
     for piece, height, width in zip(pieces, heights, widths, strict=True):
         rows = result[top : top + height, :width]
         if isinstance(piece, Strip):
-            rows[torch.arange(width) < piece.lengths[:, None]] = piece.flat.cpu().to(like.dtype)
+            rows[torch.arange(width, device="cpu") < piece.lengths[:, None]] = piece.flat.cpu().to(result.dtype)
         else:
             rows.copy_(piece)
         top += height

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -9,8 +10,9 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import operations
 from packaging.version import Version
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.modeling_outputs import TokenClassifierOutput
@@ -25,11 +27,13 @@ from tests.oracle import (
     Tagger,
     TupleTagger,
     assert_same_run,
+    by_length,
     new_model,
     new_trainer,
     packed_batch,
     padded_batch,
     rows,
+    sorted_packed_batch,
     stock,
     train,
     transformers_from,
@@ -511,6 +515,104 @@ def test_no_word_where_there_is_nothing_to_say(tmp_path):
     assert messages(named, "evaluate", None) == []
     no_metrics = new_trainer(tmp_path, OtherNames, rows(), renamed, remove_unused_columns=False)
     assert messages(no_metrics, "evaluate", None) == []
+
+
+# --- what would be wrong in silence ---------------------------------------------------------------------
+
+
+class BareTagger(PlainTagger):
+    """Returns its logits alone."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return PlainTagger.forward(self, input_ids, None, attention_mask)["logits"]
+
+
+class LossOutside(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        labels = inputs.pop("labels")
+        logits = model(**inputs)
+        packed = isinstance(logits, PackedSequence)
+        flat = (logits.data, labels.data) if packed else (logits.flatten(0, 1), labels.flatten())
+        loss = torch.nn.functional.cross_entropy(*flat)
+        # Upstream cuts the first row off a bare tensor, too: what it expects beside a loss is a tuple.
+        return (loss, logits if packed else (loss, logits)) if return_outputs else loss
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_model_that_returns_a_bare_packed_sequence(tmp_path, own):
+    def predict(collate):
+        trainer = new_trainer(
+            tmp_path, BareTagger, rows(), collate, trainer=LossOutside, label_names=["labels"],
+            remove_unused_columns=False,
+        )  # fmt: skip
+        if own:  # a method that somebody set on the object
+            trainer.compute_loss = functools.partial(LossOutside.compute_loss, trainer)
+        output = trainer.predict(rows())
+        assert ("compute_loss" in vars(trainer)) == own
+        return output
+
+    found = predict(packed_batch)
+    with stock():
+        expected = predict(padded_batch)
+    real = expected.label_ids != -100
+    assert found.predictions.shape == expected.predictions.shape
+    torch.testing.assert_close(found.predictions[real], expected.predictions[real], rtol=1e-5, atol=1e-6)
+    assert_same_tree(found.label_ids, expected.label_ids)
+
+
+class DropsIndices(PlainTagger):
+    def forward(self, input_ids, labels=None, attention_mask=None):
+        output = super().forward(input_ids, labels, attention_mask)
+        return {**output, "logits": PackedSequence(output["logits"].data, output["logits"].batch_sizes)}
+
+
+def test_a_model_that_drops_the_index_tensors_is_warned_of(tmp_path):
+    options = {"label_names": ["labels"], "options": {"compute_metrics": Recorder()}}
+    trainer = new_trainer(tmp_path, DropsIndices, rows(), packed_batch, **options)
+    found = messages(trainer, "evaluate", None)
+    assert len(found) == 2
+    assert "the model's output has the lengths of 'input_ids', but only one of them has index tensors" in found[0]
+    assert "the model's output has the lengths of 'labels'" in found[1]
+    assert all("the output sorted by length" in message for message in found)
+    for collate, model in ((by_length(sorted_packed_batch), DropsIndices), (packed_batch, PlainTagger)):
+        assert messages(new_trainer(tmp_path, model, rows(), collate, **options), "evaluate", None) == []
+
+
+class WordsAndCharacters(PlainTagger):
+    """A tagger of words that also reads the characters of every word."""
+
+    def forward(self, input_ids, characters, labels=None):
+        return super().forward(input_ids, labels)
+
+
+def words_and_characters(features, first="input_ids"):
+    batch = packed_batch(features)
+    words = int(batch["input_ids"].data.shape[0])
+    batch["characters"] = pack_sequence([torch.ones(1 + n % 3) for n in range(words)], enforce_sorted=False)
+    return dict(sorted(batch.items(), key=lambda item: item[0] != first))
+
+
+def test_keys_that_differ_in_their_number_of_sequences(tmp_path):
+    options = {"label_names": ["labels"], "remove_unused_columns": False, "max_steps": 1}
+    options["accelerator_config"] = {"dispatch_batches": False, "split_batches": False}
+
+    def evaluate(collate, model=WordsAndCharacters):
+        return new_trainer(tmp_path, model, Stream(rows()), collate, **options).evaluate()["eval_loss"]
+
+    trainer = new_trainer(tmp_path, WordsAndCharacters, rows(), words_and_characters, **options)
+    (message,) = messages(trainer, "evaluate", None)
+    assert "'input_ids' has 3 sequences, 'characters' has" in message
+    assert "let the collator put the key first whose sequences are the rows of the data set" in message
+    with stock():
+        expected = evaluate(padded_batch, PlainTagger)
+    assert evaluate(words_and_characters) == pytest.approx(expected, rel=1e-5)
+
+
+def test_keys_that_differ_in_their_number_of_sequences_are_not_cut():
+    batch = words_and_characters(rows(3))
+    words = batch["input_ids"].data.shape[0]
+    with pytest.raises(ValueError, match=rf"'input_ids' has 3, 'labels' has 3, 'characters' has {words}"):
+        operations.slice_tensors(batch, slice(0, 2))
 
 
 # --- the public helpers ---------------------------------------------------------------------------------

@@ -245,3 +245,75 @@ def test_named_tuples_are_found_wherever_they_stand():
     for tree in (torch.ones(2), [1, (2, 3)], {"a": [None, "x"]}, {}, range(3), object()):
         assert nested.contains_namedtuple(tree) is False
         assert nested.contains(tree) is False
+
+
+# --- padding that the dtype cannot hold -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "expected"),
+    [
+        (torch.bool, -100, torch.int8),
+        (torch.bool, 1, torch.bool),
+        (torch.uint8, -100, torch.int16),
+        (torch.uint8, 255, torch.uint8),
+        (torch.uint8, 256, torch.int16),
+        (torch.int8, -100, torch.int8),
+        (torch.int8, -129, torch.int16),
+        (torch.uint16, -100, torch.int32),
+        (torch.uint32, -1, torch.int64),
+        (torch.uint64, -1, torch.float64),
+        (torch.int64, -100, torch.int64),
+        (torch.int64, 0.5, torch.float64),
+        (torch.int32, float("nan"), torch.float64),
+        (torch.float16, float("-inf"), torch.float16),
+        (torch.float16, 1e5, torch.float32),
+        (torch.bfloat16, -100, torch.bfloat16),
+    ],
+)
+def test_the_smallest_dtype_that_holds_both(dtype, value, expected):
+    assert packed.dtype_with(dtype, value) is expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_padding_that_does_not_fit(dtype):
+    values = [torch.tensor([1, 0]).to(dtype), torch.tensor([1, 1, 1]).to(dtype)]
+    pack = pack_sequence(values, enforce_sorted=False)
+    with pytest.raises(ValueError, match=rf"{dtype} does not hold the padding_value -100: .*data.to\(torch.int"):
+        packed.pad(pack, -100)
+    padded = packed.pad(pack, -100, promote=True)
+    assert padded.tolist() == [[1, 0, -100], [1, 1, 1]]
+    assert packed.pad(pack, 1).dtype == dtype
+
+
+# --- a default device that is not the CPU -----------------------------------------------------------------
+
+
+def test_nothing_depends_on_the_default_device():
+    sequences = [torch.arange(n) for n in (2, 5, 1)]
+    pack, other = pack_sequence(sequences, enforce_sorted=False), pack_sequence(sequences[1::-1])
+
+    def results():
+        flat, sizes = packed.to_flat(pack)
+        return [
+            packed.lengths(pack),
+            packed.pad(pack, -100),
+            packed.pad_left(pack, -100),
+            flat,
+            sizes,
+            *packed.from_flat(flat, sizes),
+            *packed.take(pack, [2, 0]),
+            *packed.take(pack, slice(1, 3)),
+            *packed.concatenate([pack, pack]),
+            torch.tensor(packed.batch_size(pack), device="cpu"),
+            torch.tensor(packed.same_packing(pack, other), device="cpu"),
+            packed.Countable._make(pack).sum(),
+            packed.Countable._make(pack) != 0,
+        ]
+
+    expected = results()
+    with torch.device("meta"):
+        found = results()
+    for left, right in zip(found, expected, strict=True):
+        assert left.device.type == "cpu"
+        assert torch.equal(left, right)

@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import EvalLoopContainer
 
 from hf_packfix import ragged
 from hf_packfix.patches import accelerate_utils_operations
-from tests.oracle import Tagger, packed_batch, padded_batch, rows, stock
+from tests.oracle import Tagger, new_trainer, packed_batch, padded_batch, rows, stock
 from tests.test_evaluate import assert_same_report, assert_same_tree, report
 
 LENGTHS = [[3, 1], [1, 1, 1], [2, 7], [7], [4, 6, 5]]
@@ -111,6 +111,89 @@ def test_a_rectangle_that_was_changed_in_place_is_taken_as_it_is():
         expected = collect([forgetful(tree) for tree in trees])
     assert_same_tree(found, expected)
     assert (found[0] == 77).any()
+
+
+@pytest.mark.parametrize("write", [lambda t: t.data, lambda t: t.numpy()], ids=["data", "numpy"])
+def test_what_is_written_past_the_version_counter_is_kept(write):
+    def changed(tree):
+        padded, rest = rectangles(tree)
+        write(padded)[:, -1] = 77
+        return padded, rest
+
+    trees = list(map(changed, batches()))
+    found = collect(trees)
+    with stock():
+        expected = collect([forgetful(tree) for tree in trees])
+    assert_same_tree(found, expected)
+    assert (found[0] == 77).any()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_scalar_beside_packs(count):
+    trees = [(rectangles(packed), torch.tensor(float(n))) for n, (packed, _) in enumerate(batches()[:count])]
+    found = collect(trees)
+    with stock():
+        expected = collect([forgetful(tree) for tree in trees])
+    assert_same_tree(found, expected)
+    assert found[1].shape == (() if count == 1 else (count,))
+
+
+def classes(logits, labels):
+    return logits.argmax(-1)
+
+
+#: What `preprocess_logits_for_metrics` may return: tensors without padding, of several kinds and widths.
+PREPROCESSED = {
+    "argmax": classes,
+    "a tuple": lambda logits, labels: (logits.argmax(-1), logits.flatten(1).sum(-1)),
+    "a mapping": lambda logits, labels: {"class": logits.argmax(-1), "mean": [logits.mean((1, 2))]},
+    "another width": lambda logits, labels: logits.argmax(-1)[:, ::2],
+    "no steps": lambda logits, labels: logits.sum(1),
+    "a scalar": lambda logits, labels: (logits.argmax(-1), torch.tensor(logits.shape[1])),
+}
+
+
+@pytest.mark.parametrize("kind", PREPROCESSED)
+@pytest.mark.parametrize("changes", [{}, {"eval_accumulation_steps": 2}], ids=["at once", "accumulated"])
+def test_preprocessed_logits_are_joined_once(tmp_path, concatenations, kind, changes):
+    def preprocess(logits, labels):  # what the padded model makes of padding is not the same
+        return PREPROCESSED[kind](logits.masked_fill((labels == -100)[..., None], 0.0), labels)
+
+    options = {"preprocess_logits_for_metrics": preprocess}
+    found = new_trainer(tmp_path, Tagger, rows(), packed_batch, options=options, **changes).predict(rows())
+    assert not concatenations
+    with stock():
+        expected = new_trainer(tmp_path, Tagger, rows(), padded_batch, options=options, **changes).predict(rows())
+    assert_same_tree(found.predictions, expected.predictions)
+    assert_same_tree(found.label_ids, expected.label_ids)
+
+
+def test_memory_that_is_used_again_for_the_next_batch(tmp_path):
+    memory = torch.empty(64, 64)
+
+    def preprocess(logits, labels):
+        view = memory[: len(logits), : logits.shape[1]]
+        return view.copy_(logits.argmax(-1).masked_fill(labels == -100, -100))
+
+    options = {"preprocess_logits_for_metrics": preprocess}
+    found = new_trainer(tmp_path, Tagger, rows(), packed_batch, options=options).predict(rows())
+    expected = new_trainer(tmp_path, Tagger, rows(), packed_batch).predict(rows()).predictions.argmax(-1)
+    real = found.label_ids != -100
+    assert (found.predictions[real] == expected[real]).all()
+
+
+def test_batches_before_the_first_packed_one_are_kept():
+    trees = [rectangles(tree) for tree in batches()]
+    with ragged.evaluation_loop():
+        container = EvalLoopContainer()
+        for number, tree in enumerate(trees):
+            if number == 2:
+                ragged.note_packed()
+            container.add(forgetful(tree))
+        found = container.get_arrays()
+    with stock():
+        expected = collect([forgetful(tree) for tree in trees])
+    assert_same_tree(found, expected)
 
 
 @pytest.mark.parametrize("plain", [{0}, {2}, {4}, {1, 3}])

@@ -97,7 +97,7 @@ def previous_rows(packed: PackedSequence) -> Tensor:
     ``n - batch_sizes[t - 1]``, since sequences keep their rank from step to step.
     """
     sizes = packed.batch_sizes
-    rows = torch.arange(batch_size(packed), packed.data.shape[0])
+    rows = torch.arange(batch_size(packed), packed.data.shape[0], device="cpu")
     return (rows - sizes[:-1].repeat_interleave(sizes[1:])).to(packed.data.device)
 
 
@@ -114,6 +114,6 @@ def align(packed: PackedSequence, like: PackedSequence, name: str) -> PackedSequ
         raise ValueError(
             f"{name} must have the lengths of the inputs, {expected.tolist()}, found {lengths(packed).tolist()}"
         )
-    order = torch.arange(len(expected)) if like.sorted_indices is None else like.sorted_indices.cpu()
+    order = torch.arange(len(expected), device="cpu") if like.sorted_indices is None else like.sorted_indices.cpu()
     rows = pad(packed)[order.to(packed.data.device)]
     return with_data(like, pack_padded_sequence(rows, expected[order], batch_first=True).data)

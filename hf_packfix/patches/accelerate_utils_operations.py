@@ -9,6 +9,7 @@ What communicates (``broadcast``, ``pad_across_processes``, ``gather``) has no p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,7 @@ def slice_tensors(original: Function, patch: Patch) -> Function:
 
     Raises:
         TypeError: ``tensor_slice`` is not a slice.
+        ValueError: two keys of a mapping differ in their numbers of sequences.
     """
     from hf_packfix import nested
     from hf_packfix.packed import take
@@ -72,6 +74,15 @@ def slice_tensors(original: Function, patch: Patch) -> Function:
         if not isinstance(tensor_slice, slice):
             raise TypeError(
                 f"a PackedSequence can be cut by a slice of its sequences, found {type(tensor_slice).__name__}"
+            )
+
+        sizes = nested.sequences_of_keys(data) if isinstance(data, Mapping) else {}
+        if len(set(sizes.values())) > 1:
+            found = ", ".join(f"{key!r} has {size}" for key, size in sizes.items())
+            raise ValueError(
+                f"a batch can be cut only if all its packed sequences have one sequence for each row, found: {found}. "
+                f"Batches are cut where one process loads the data for all: turn that off with "
+                f"TrainingArguments(accelerator_config={{'dispatch_batches': False}}), or use a data set with a length"
             )
 
         def part(packed: PackedSequence, _: Any) -> PackedSequence:
@@ -170,7 +181,7 @@ def initialize_tensors(original: Function, patch: Patch) -> Function:
     def make(information: PackedInformation) -> PackedSequence:
         return PackedSequence(
             torch.empty(information.shape, dtype=information.dtype),
-            torch.ones(information.steps, dtype=torch.int64),
+            torch.ones(information.steps, dtype=torch.int64, device="cpu"),
             None if information.is_sorted else torch.arange(information.sequences),
         )
 
@@ -237,14 +248,15 @@ def pad_across_processes(original: Function, patch: Patch) -> Function:
     """
     from hf_packfix import nested
     from hf_packfix.packed import lengths, pad
-    from hf_packfix.ragged import remember
+    from hf_packfix.ragged import note_packed, remember
 
     def pad_across_processes(tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
         if not (patch.active and nested.contains(tensor)):
             return original(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
+        note_packed()
 
         def rectangle(packed: PackedSequence) -> Any:
-            padded = pad(packed, pad_index)
+            padded = pad(packed, pad_index, promote=True)
             # The steps differ between processes, whatever dimension the caller cares about.
             return padded if dim == 1 else original(padded, dim=1, pad_index=pad_index, pad_first=pad_first)
 
@@ -276,7 +288,7 @@ def gather(original: Function, patch: Patch) -> Function:
     def whole(own: Tensor, gathered: Tensor) -> Tensor:
         known = lengths_of(own)
         # Every process sends, whether or not its rectangle was changed since: the others wait for it.
-        sent = torch.full((len(own),), -1) if known is None else known
+        sent = torch.full((len(own),), -1, device="cpu") if known is None else known
         everyone = original(sent.to(own.device)).cpu()
         return gathered if bool((everyone < 0).any()) else remember(gathered, everyone)
 

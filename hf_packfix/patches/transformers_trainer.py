@@ -93,7 +93,7 @@ def track_num_input_tokens(original: Function, patch: Patch) -> Function:
 
     from hf_packfix.packed import PackedSequence
 
-    one = torch.ones((), dtype=torch.int64)
+    one = torch.ones((), dtype=torch.int64, device="cpu")
 
     def _track_num_input_tokens(self: Any, inputs: Any) -> Any:
         if patch.active:
@@ -152,27 +152,31 @@ def _label_converter() -> Function:
     import torch
 
     from hf_packfix.nested import check_batch
-    from hf_packfix.packed import PackedSequence, pad
+    from hf_packfix.packed import PackedSequence, dtype_with, pad
 
     def with_countable_labels(trainer: Any, batch: Any) -> Any:
         if not check_batch(batch):
             return batch
         changed = {}
         if isinstance(batch.get("shift_labels"), PackedSequence):
-            changed["shift_labels"] = batch["shift_labels"].data
+            changed["shift_labels"] = countable(batch["shift_labels"].data)
         labels = batch.get("labels")
         if isinstance(labels, PackedSequence):
             # A column for the first steps is right in either case; where nothing is shifted, `data` alone will do.
             shifts = getattr(trainer, "_loss_shifts_labels", True)
-            changed["labels"] = with_first_column(labels) if shifts else labels.data
+            changed["labels"] = with_first_column(labels) if shifts else countable(labels.data)
         return {**batch, **changed} if changed else batch
+
+    def countable(data: torch.Tensor) -> torch.Tensor:
+        # In bytes -100 would be 156: padding that counts, and a label that does not.
+        return data.to(dtype_with(data.dtype, -100))
 
     def with_first_column(labels: PackedSequence) -> torch.Tensor:
         """Return labels with each sequence's first in a column of its own: the original counts in ``[..., 1:]``."""
-        data = labels.data
+        data = countable(labels.data)
         rows = len(data)
         if data.dim() != 1 or not rows:
-            return pad(labels, -100)
+            return pad(labels, -100, promote=True)
         # No rectangle of the sequences: the B first steps stand before all others in `data`. So they are the first
         # column of [B, N / B, rounded up].
         sequences = int(labels.batch_sizes[0])

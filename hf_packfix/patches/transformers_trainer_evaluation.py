@@ -6,7 +6,8 @@ What the evaluation loop does to a packed batch is done by functions of ``transf
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -25,12 +26,14 @@ _evaluating: ContextVar[bool] = ContextVar("hf_packfix_evaluating", default=Fals
     parameters=("self", "dataloader", "description"),
 )
 def evaluation_loop(original: Function, patch: Patch) -> Function:
-    """Note what the loop runs for."""
+    """Note what the loop runs for, and that it begins."""
+    from hf_packfix import ragged
 
     def evaluation_loop(self: Any, dataloader: Any, description: Any, *args: Any, **kwargs: Any) -> Any:
         token = _evaluating.set(patch.active and description == "Evaluation")
         try:
-            return original(self, dataloader, description, *args, **kwargs)
+            with ragged.evaluation_loop():
+                return original(self, dataloader, description, *args, **kwargs)
         finally:
             _evaluating.reset(token)
 
@@ -43,7 +46,7 @@ def evaluation_loop(original: Function, patch: Patch) -> Function:
     parameters=("self", "model", "inputs"),
 )
 def prediction_step(original: Function, patch: Patch) -> Function:
-    """Warn where ``compute_metrics`` waits for labels that no label name covers.
+    """Check a packed batch and what the model returns for it, and warn of what would be wrong in silence.
 
     Raises:
         ValueError: the fields of a PackedSequence contradict each other.
@@ -51,11 +54,90 @@ def prediction_step(original: Function, patch: Patch) -> Function:
     from hf_packfix.nested import check_batch
 
     def prediction_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if patch.active and check_batch(inputs) and self.compute_metrics is not None and _evaluating.get():
-            _warn_of_uncovered_labels(self, inputs)
-        return original(self, model, inputs, *args, **kwargs)
+        if not (patch.active and check_batch(inputs)):
+            return original(self, model, inputs, *args, **kwargs)
+        if _evaluating.get():
+            if self.compute_metrics is not None:
+                _warn_of_uncovered_labels(self, inputs)
+            _warn_of_several_batch_sizes(inputs)
+        with _bare_outputs_in_a_tuple(self):
+            result = original(self, model, inputs, *args, **kwargs)
+        _warn_of_dropped_indices(inputs, result)
+        return result
 
     return prediction_step
+
+
+@contextmanager
+def _bare_outputs_in_a_tuple(trainer: Any) -> Iterator[None]:
+    """Turn a bare PackedSequence that ``compute_loss`` returns as outputs into ``(loss, outputs)``.
+
+    Upstream takes outputs that are no dict for a tuple that begins with the loss: ``outputs[1:]`` would be the fields
+    of the PackedSequence without its data.
+    """
+    from hf_packfix.packed import PackedSequence
+
+    compute_loss, own = trainer.compute_loss, vars(trainer).get("compute_loss")
+
+    def with_outputs_in_a_tuple(*args: Any, **kwargs: Any) -> Any:
+        result = compute_loss(*args, **kwargs)
+        if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], PackedSequence):
+            return result[0], result
+        return result
+
+    trainer.compute_loss = with_outputs_in_a_tuple
+    try:
+        yield
+    finally:
+        if own is None:
+            del trainer.compute_loss
+        else:
+            trainer.compute_loss = own
+
+
+def _warn_of_several_batch_sizes(inputs: Mapping[str, Any]) -> None:
+    """Warn if the sequences of one key are not the rows of the batch: the first key counts, as upstream has it."""
+    from hf_packfix.nested import sequences_of_keys
+    from hf_packfix.packed import PackedSequence
+
+    sizes = sequences_of_keys(inputs)
+    first = next(iter(inputs))
+    if len(set(sizes.values())) > 1 and isinstance(inputs[first], PackedSequence):
+        others = ", ".join(f"{key!r} has {size}" for key, size in sizes.items() if size != sizes[first])
+        warn_once(
+            f"the packed sequences of a batch differ in number: {first!r} has {sizes[first]} sequences, {others}. "
+            f"Samples are counted, and losses weighted, by the first key of the batch, {first!r}: let the collator "
+            f"put the key first whose sequences are the rows of the data set",
+            cause=f"several batch sizes: {list(sizes)}",
+        )
+
+
+def _warn_of_dropped_indices(inputs: Mapping[str, Any], result: Any) -> None:
+    """Warn if the model returned the packing of an input without its index tensors: its rows would be out of order."""
+    import torch
+
+    from hf_packfix import nested
+    from hf_packfix.packed import PackedSequence, same_packing
+
+    def check_output(output: PackedSequence) -> PackedSequence:
+        for key, value in inputs.items():
+            if (
+                isinstance(value, PackedSequence)
+                and (value.sorted_indices is None) != (output.sorted_indices is None)
+                and torch.equal(value.batch_sizes, output.batch_sizes)
+                and not same_packing(value, output)
+            ):
+                without, with_them = ("output", key) if output.sorted_indices is None else (key, "output")
+                warn_once(
+                    f"the model's output has the lengths of {key!r}, but only one of them has index tensors: the "
+                    f"{with_them} is in the order of the data set, the {without} sorted by length, and metrics would "
+                    f"compare one sequence with another. Keep the index tensors: "
+                    f"x._replace(data=...), or PackedSequence(data, x.batch_sizes, x.sorted_indices, "
+                    f"x.unsorted_indices); or let the collator sort the rows and pack with enforce_sorted=True"
+                )
+        return output
+
+    nested.replace(check_output, result[1] if isinstance(result, tuple) and len(result) > 1 else None)
 
 
 def _warn_of_uncovered_labels(trainer: Any, inputs: Mapping[str, Any]) -> None:

@@ -14,10 +14,10 @@ def _handles_smoothing(original: Function) -> bool:
     from types import SimpleNamespace
 
     import torch
-    from torch.nn.utils.rnn import pack_sequence
 
-    labels = pack_sequence([torch.tensor([1]), torch.tensor([0, 1])], enforce_sorted=False)
-    logits = labels._replace(data=torch.eye(3)[:, :2])
+    labels = probe.packed()
+    labels = labels._replace(data=labels.data % 2)
+    logits = labels._replace(data=torch.eye(3, device="cpu")[:, :2])
     smoother = SimpleNamespace(epsilon=0.1, ignore_index=-100)
     loss = original(smoother, {"logits": logits}, labels)
     return bool(loss == original(smoother, {"logits": logits.data}, labels.data))
@@ -74,7 +74,7 @@ def _rectangles(logits: Any, labels: Any, ignore_index: int) -> tuple[Any, Any]:
     if isinstance(labels, PackedSequence):
         # A model may pad its logits to more steps than the longest sequence of labels has.
         steps = None if isinstance(logits, PackedSequence) else logits.shape[1]
-        labels = pad(labels, ignore_index, total_length=steps)
+        labels = pad(labels, ignore_index, total_length=steps, promote=True)
     if isinstance(logits, PackedSequence):
         # What stands behind the end of a sequence does not matter: its label is `ignore_index`.
         logits = pad(logits, 0.0, total_length=labels.shape[1])
@@ -122,9 +122,9 @@ def nested_concat(original: Function, patch: Patch) -> Function:
     def nested_concat(tensors: Any, new_tensors: Any, padding_index: Any = -100) -> Any:
         if patch.active:
             if isinstance(tensors, PackedSequence):
-                tensors = pad(tensors, padding_index)
+                tensors = pad(tensors, padding_index, promote=True)
             if isinstance(new_tensors, PackedSequence):
-                new_tensors = pad(new_tensors, padding_index)
+                new_tensors = pad(new_tensors, padding_index, promote=True)
             if isinstance(tensors, tuple) and is_namedtuple(tensors) and type(tensors) is type(new_tensors):
                 pairs = zip(tensors, new_tensors, strict=True)
                 return rebuild(tensors, [nested_concat(old, new, padding_index) for old, new in pairs])
@@ -147,7 +147,7 @@ def nested_numpify(original: Function, patch: Patch) -> Function:
     def nested_numpify(tensors: Any) -> Any:
         if isinstance(tensors, tuple) and patch.active:
             if isinstance(tensors, PackedSequence):
-                tensors = pad(tensors, -100)
+                tensors = pad(tensors, -100, promote=True)
             elif is_namedtuple(tensors):
                 return rebuild(tensors, list(map(nested_numpify, tensors)))
         return original(tensors)
@@ -202,25 +202,28 @@ _METHODS = ("add", "to_cpu_and_numpy", "get_arrays")
 
 @patch(
     "transformers.trainer_pt_utils:EvalLoopContainer.add",
-    reason="copies everything it has at every batch; keeps the real steps of what came from packs instead",
+    reason="copies everything it has at every batch; keeps the batches of a packed evaluation apart instead",
     parameters=("self", "tensors"),
 )
 def container_add(original: Function, patch: Patch) -> Function:
-    """Keep a batch flat if it has a rectangle that came from a pack, or the batches before had."""
+    """Keep batches apart once the loop has met a packed one, and what came from packs without its padding."""
     from hf_packfix import nested
     from hf_packfix.packed import pad
-    from hf_packfix.ragged import Pieces, any_remembered
+    from hf_packfix.ragged import Pieces, any_remembered, loop_is_packed
 
     def add(self: Any, tensors: Any) -> None:
         pieces = getattr(self, _PIECES, None)
         if pieces is None:
             if patch.active and nested.contains(tensors):  # nobody has asked for a rectangle so far
-                tensors = nested.replace(lambda packed: pad(packed, self.padding_index), tensors)
-            begun = self.tensors is not None or self.arrays is not None
-            if begun or not (patch.active and self.do_nested_concat and any_remembered(tensors)):
+                tensors = nested.replace(lambda packed: pad(packed, self.padding_index, promote=True), tensors)
+            apart = any_remembered(tensors) or loop_is_packed()
+            if self.arrays is not None or not (patch.active and self.do_nested_concat and apart):
                 original(self, tensors)
                 return
             pieces = Pieces(self.padding_index)
+            if self.tensors is not None:  # of batches before the first packed one
+                pieces.add(self.tensors)
+                self.tensors = None
             setattr(self, _PIECES, pieces)
             # On the container itself until it gives its arrays: a `disable()` meanwhile would lose what it holds.
             for name in _METHODS:

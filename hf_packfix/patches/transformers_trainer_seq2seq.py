@@ -64,7 +64,7 @@ def _for_generation(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, PackedSequence):
             padded[key] = value
         elif key == "labels":
-            padded[key] = pad(value, -100)
+            padded[key] = pad(value, -100, promote=True)
         else:
             filling = token if key.endswith("input_ids") else 0
             padded[key] = pad_left(value, filling) if on_the_left else pad(value, filling)

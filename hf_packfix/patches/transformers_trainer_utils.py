@@ -25,7 +25,7 @@ def eval_prediction(original: Function, patch: Patch) -> Function:
     from hf_packfix.packed import PackedSequence, pad
 
     def rectangle(packed: PackedSequence) -> Any:
-        return pad(packed, -100)
+        return pad(packed, -100, promote=True)
 
     rectangles = partial(nested.replace, rectangle)
 
