@@ -89,11 +89,11 @@ def examine(modules: Sequence[str]) -> Report:
     broken = [f"{path} is {state}" for path, state in files.items() if state != "intact"]
     if broken and asks in ("on", "force"):
         problems.append(
-            f"{VARIABLE} is on, but the start-up files are not all there, so that it does nothing in a program that "
+            f"{VARIABLE} is on, but the start-up files are not all there, so that it may do nothing in a program that "
             f"does not import hf_packfix ({'; '.join(broken)}); reinstall hf-packfix, or use: hf-packfix run"
         )
     elif broken:
-        warnings.append(f"{VARIABLE}=1 would not work here: {'; '.join(broken)}")
+        warnings.append(f"{VARIABLE}=1 may not work here: {'; '.join(broken)}")
 
     imported = True
     if status().enabled or modules:

@@ -29,10 +29,16 @@ def wheel() -> Path:
 
 @functools.cache
 def interpreters() -> dict[str, str]:
-    """Return the Pythons 3.10 to 3.13 that are at hand, this one included, by version."""
+    """Return the Pythons 3.10 to 3.15 that are installed here, this one included, by version.
+
+    If ``HF_PACKFIX_TEST_PYTHON`` names an interpreter, return that one only; ``tests/pythons.py`` sets it.
+    """
+    if only := os.environ.get("HF_PACKFIX_TEST_PYTHON"):
+        version = "import sys; print(*sys.version_info[:2], sep='.')"
+        return {subprocess.run([only, "-c", version], capture_output=True, text=True, check=True).stdout.strip(): only}
     found = {f"{sys.version_info[0]}.{sys.version_info[1]}": getattr(sys, "_base_executable", sys.executable)}
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    for version in ("3.10", "3.11", "3.12", "3.13"):
+    for version in ("3.10", "3.11", "3.12", "3.13", "3.14", "3.15"):
         candidates = [shutil.which(f"python{version}"), *map(str, sorted(pyenv.glob(f"{version}.*/bin/python")))]
         for candidate in filter(None, candidates):
             check = subprocess.run([candidate, "--version"], capture_output=True, text=True, check=False)

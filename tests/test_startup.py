@@ -20,6 +20,7 @@ from tests.installed import ROOT, STARTUP, STARTUP_FILES, Environment, interpret
 ON = ["1", "true", "YES", " On ", "force"]
 OFF = ["0", "False", "no", " OFF"]
 MODULES = "import sys; print(sorted(sys.modules))"
+WAITING = "import sys; print(sum('packfix' in type(finder).__module__ for finder in sys.meta_path))"
 
 FAKE_PACKAGE = "import sys\nsys.modules.setdefault('log', []).append('hf_packfix')\n__version__ = '0'\n"
 FAKE_TRANSFORMERS = "import sys\nsys.modules.setdefault('log', []).append('transformers')\nfrom . import trainer\n"
@@ -48,10 +49,28 @@ def environment(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def without_us(tmp_path_factory, environment):
-    """An environment with somebody else's path file: reading any loads what is needed to decode it."""
+    """An environment with start-up files of another package.
+
+    Python itself imports modules for such files: a codec to decode any `.pth`; from 3.15 on, `pkgutil` and `re` to
+    resolve any `.start`.
+    """
     without = Environment(tmp_path_factory.mktemp("venv") / "venv", str(environment.python))
     without.write("other.pth", "# nothing\n")
+    without.write("other.start", "sys:getrecursionlimit\n")
     return without
+
+
+def copy(environment, directory):
+    """Return a new virtual environment of the same Python, with the same site-packages."""
+    fresh = Environment(directory, str(environment.python))
+    shutil.copytree(environment.site, fresh.site, dirs_exist_ok=True)
+    return fresh
+
+
+def version(environment):
+    """Return the version of its Python, such as ``(3, 15)``."""
+    printed = environment.run("-c", "import sys; print(*sys.version_info[:2])").stdout
+    return tuple(map(int, printed.split()))
 
 
 # --- what the variable says -----------------------------------------------------------------------------
@@ -181,15 +200,13 @@ if __name__ == "__main__":
 
 def broken(environment, tmp_path, change):
     """Run the program in a copy of the environment's site-packages after ``change`` to it."""
-    fresh = Environment(tmp_path / "venv", str(environment.python))
-    shutil.copytree(environment.site, fresh.site, dirs_exist_ok=True)
+    fresh = copy(environment, tmp_path / "venv")
     change(fresh)
     return fresh.run("-c", "import transformers; print('ran')", variable="1")
 
 
 FAULTS = {
     "the package is gone": (lambda e: shutil.rmtree(e.site / "hf_packfix"), "No module named 'hf_packfix'"),
-    "the boot module is gone": (lambda e: (e.site / "_hf_packfix_boot.py").unlink(), "_hf_packfix_boot.py is gone"),
     "our code raises": (lambda e: e.write("hf_packfix/__init__.py", "raise KeyError('x')"), "KeyError: 'x'"),
     "our code exits": (lambda e: e.write("hf_packfix/__init__.py", "raise SystemExit(3)"), "SystemExit: 3"),
     "our code is cut short": (lambda e: e.write("hf_packfix/__init__.py", "def f("), "SyntaxError"),
@@ -221,11 +238,27 @@ def test_a_fault_is_one_line_on_stderr(environment, tmp_path, fault):
         ("_hf_packfix_boot.py", b"\x00"),
         ("hf_packfix_auto.pth", b""),
         ("hf_packfix_auto.pth", b"import os, sys; os.environ.get("),
+        ("hf_packfix_auto.start", b""),
+        ("hf_packfix_auto.start", b"_hf_packfix_boot"),
+        ("hf_packfix_auto.start", b"\xff"),
     ],
 )
 def test_a_damaged_start_up_file_stops_nothing(environment, tmp_path, name, content):
     result = broken(environment, tmp_path, lambda e: e.write(name, content))
     assert (result.stdout, result.returncode) == ("ran\n", 0)
+
+
+def test_without_the_boot_module(environment, tmp_path):
+    result = broken(environment, tmp_path, lambda e: (e.site / "_hf_packfix_boot.py").unlink())
+    assert (result.stdout, result.returncode) == ("ran\n", 0)
+    if version(environment) >= (3, 15):
+        # Python resolves the entry point of the `.start` file before any code of ours runs, and reports it itself.
+        assert "_hf_packfix_boot:start" in result.stderr.splitlines()[0]
+        assert "ModuleNotFoundError: No module named '_hf_packfix_boot'" in result.stderr
+    else:
+        (line,) = set(result.stderr.splitlines())
+        assert line.startswith("hf_packfix: ")
+        assert "_hf_packfix_boot.py is gone" in line
 
 
 def test_a_broken_transformers_fails_as_without_us(environment, tmp_path):
@@ -267,10 +300,50 @@ def test_the_start_file_obeys_its_rules():
         sys.modules.pop("_hf_packfix_boot", None)
 
 
+#: The Pythons that run a start-up file which is there without the other one (PEP 829).
+RUN = {".pth": lambda version: version < (3, 18), ".start": lambda version: version >= (3, 15)}
+FLAGS = pytest.mark.parametrize("flags", [(), ("-W", "error", "-X", "dev")], ids=["", "-W error"])
+
+
+@FLAGS
+@pytest.mark.parametrize(("kept", "deleted"), [(".pth", ".start"), (".start", ".pth")], ids=RUN)
+def test_one_start_up_file_without_the_other(environment, tmp_path, kept, deleted, flags):
+    """A Python that does not know the kept file runs the program as if we were not installed."""
+    fresh = copy(environment, tmp_path / "venv")
+    (fresh.site / f"hf_packfix_auto{deleted}").unlink()
+    expected = ACTIVATED if RUN[kept](version(fresh)) else UNTOUCHED
+    for variable, printed in [("1", expected), ("0", UNTOUCHED), (None, UNTOUCHED)]:
+        result = fresh.run(*flags, "-c", USES, variable=variable)
+        assert (result.stdout, result.stderr, result.returncode) == (printed, "", 0)
+    for isolated in ("-E", "-I", "-S"):
+        result = fresh.run(*flags, isolated, "-c", f"{MODULES}; {WAITING}", variable="1")
+        assert "packfix" not in result.stdout.splitlines()[0]
+        assert (result.stdout.splitlines()[1], result.stderr, result.returncode) == ("0", "", 0)
+
+
+@FLAGS
+def test_both_start_up_files_activate_once(environment, tmp_path, flags):
+    """Python 3.15 and newer ignore the import line of the `.pth`; older ones do not know the `.start` file."""
+    fresh = copy(environment, tmp_path / "venv")
+    fresh.write("counted.py", "path_file, start = [], []\n")
+    line = (STARTUP / "hf_packfix_auto.pth").read_text(encoding="ascii")
+    fresh.write("hf_packfix_auto.pth", f"import counted; counted.path_file.append(1); {line}")
+    boot = (STARTUP / "_hf_packfix_boot.py").read_text(encoding="utf-8")
+    counting = "import counted\nreal_start = start\ndef start():\n    counted.start.append(1)\n    real_start()\n"
+    fresh.write("_hf_packfix_boot.py", f"{boot}\n{counting}")
+    program = f"import counted; print(len(counted.path_file), len(counted.start)); {WAITING}"
+    result = fresh.run(*flags, "-c", f"{program}\n{USES}", variable="1")
+    counts, waiting, rest = result.stdout.split("\n", 2)
+    assert (waiting, rest, result.stderr, result.returncode) == ("1", ACTIVATED, "", 0)
+    if version(fresh) >= (3, 15):
+        assert counts == "0 1"
+    else:  # before python/cpython#75723 was fixed, Python reads the `.pth` files of a virtual environment twice
+        assert counts in ("1 1", "2 2")
+
+
 def test_a_start_file_alone_does_the_same(environment, tmp_path):
-    """Do what Python 3.15 does: call the entry points of the `.start` file, skip the import line of the `.pth`."""
-    fresh = Environment(tmp_path / "venv", str(environment.python))
-    shutil.copytree(environment.site, fresh.site, dirs_exist_ok=True)
+    """Do by hand what Python 3.15 does with the `.start` file, so that every Python checks it."""
+    fresh = copy(environment, tmp_path / "venv")
     (fresh.site / "hf_packfix_auto.pth").unlink()
     start = "import pkgutil; pkgutil.resolve_name('_hf_packfix_boot:start')()\n"
     assert fresh.run("-c", start + USES, variable="1").stdout == ACTIVATED

@@ -10,6 +10,7 @@ import ctypes
 import os
 import re
 import shutil
+import sys
 
 import pytest
 
@@ -353,5 +354,10 @@ def test_a_stream_that_takes_nothing(environment, fault, stream, how):
     # Not as it should be: the path file, which has no `try`, raises on a full stderr, and Python ends where it cannot
     # report that there. It takes a deleted boot module as well.
     lost = (how, stream, fault) == ("full", 2, "the boot module is gone")
-    assert (result.stdout, result.returncode) == ("", 1 if lost else 7)
+    # What `logging` could not write stays in the buffer of stderr; Python 3.14 and newer report that when they end.
+    unflushed = (how, stream, fault) == ("full", 2, "the version is refused") and sys.version_info >= (3, 14)
+    assert result.returncode == (1 if lost else 120 if unflushed else 7)
+    if fault == "the boot module is gone" and sys.version_info >= (3, 15):
+        return  # Python reports what it could not resolve in lines of its own, on stdout where stderr is closed
+    assert result.stdout == ""
     assert len(set(result.stderr.splitlines())) == (stream == 1 and fault != "none"), result.stderr

@@ -122,7 +122,15 @@ def _activate() -> None:
 def _say(message: str) -> None:
     """Write one line to stderr, in one process of a distributed run."""
     if os.environ.get("RANK", "0") == "0" and sys.stderr is not None:
-        try:  # noqa: SIM105 (contextlib is not loaded at the start of an interpreter)
-            sys.stderr.write("hf_packfix: " + " ".join(message.split()) + "\n")
+        line = "hf_packfix: " + " ".join(message.split()) + "\n"
+        try:
+            # Past the buffer: a line that cannot be written must not stay there. On Python 3.14 and newer, it would
+            # change the exit status to 120 when Python flushes stderr at the end.
+            raw = getattr(getattr(sys.stderr, "buffer", None), "raw", None)
+            if raw is None:
+                sys.stderr.write(line)
+            else:
+                sys.stderr.flush()
+                raw.write(line.encode(sys.stderr.encoding, "backslashreplace"))
         except Exception:
             pass  # a closed stderr is no reason to stop a program

@@ -1,0 +1,103 @@
+"""Run the start-up tests, or the conformance tests, on any Python interpreter.
+
+    python tests/pythons.py INTERPRETER [--part startup|conformance] [--with REQUIREMENT ...] [--cache DIR]
+
+INTERPRETER is a path or a command, such as ``python3.15``; its ``venv`` module must work. pytest runs on that
+interpreter, in a virtual environment that is kept for the next run; any interpreter will do, such as one of a
+distribution's container or chroot. The start-up tests need neither torch nor transformers. For the conformance tests,
+pip installs this package and what it requires, torch included; ``--with`` pins any of it. This script needs only the
+standard library. It exits with the status of pytest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: Where the virtual environments are by default.
+CACHE = Path(tempfile.gettempdir()) / "hf_packfix_pythons"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the tests.
+
+    Attributes:
+        requirements: what pip installs before it runs.
+        arguments: what pytest is called with.
+        variables: environment variables of the run.
+    """
+
+    requirements: tuple[str, ...]
+    arguments: tuple[str, ...]
+    variables: dict[str, str]
+
+
+PARTS = {
+    # No conftest: it imports torch. HF_PACKFIX=0: otherwise importing hf_packfix activates it, which requires
+    # transformers. The tests set the variable themselves for the interpreters that they start.
+    "startup": Part(
+        ("pytest", "pytest-timeout"),
+        ("--noconftest", "tests/test_startup.py"),
+        {"HF_PACKFIX": "0"},
+    ),
+    "conformance": Part(
+        # Without the extra `test`: not all that it names has been released for the newest Python.
+        (str(ROOT), "pytest", "pytest-timeout"),
+        ("-m", "conformance", "tests/test_conformance.py", "tests/test_drift.py"),
+        {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    ),
+}
+
+
+def environment(interpreter: str, part: str, requirements: list[str], cache: Path) -> Path:
+    """Return the Python of a virtual environment of an interpreter, with what a part of the tests requires."""
+    directory = cache / (re.sub(r"[^\w.]+", "-", interpreter).strip("-") + f"-{part}")
+    subprocess.run([interpreter, "-m", "venv", str(directory)], check=True)
+    python = directory / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*install, *PARTS[part].requirements, *requirements], check=True)
+    return python
+
+
+def run(python: Path, interpreter: str, part: str) -> int:
+    """Run a part of the tests, print the versions that it runs on, and return the exit status of pytest."""
+    subprocess.run([str(python), "-VV"], check=True)
+    freeze = [str(python), "-m", "pip", "list", "--format=freeze", "--disable-pip-version-check"]
+    installed = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout
+    print(*re.findall(r"(?m)^(?:pytest|torch|transformers|accelerate|wrapt)==.*", installed), sep="\n", flush=True)
+    inherited = {key: value for key, value in os.environ.items() if key not in ("HF_PACKFIX", "PYTHONPATH")}
+    variables = {**inherited, **PARTS[part].variables, "HF_PACKFIX_TEST_PYTHON": interpreter}
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *PARTS[part].arguments]
+    return subprocess.run(command, cwd=ROOT, env=variables, check=False).returncode
+
+
+def main() -> int:
+    """Install what is missing, run the tests, and return the exit status of pytest."""
+    parser = argparse.ArgumentParser(description="run the start-up or conformance tests on any Python interpreter")
+    parser.add_argument("interpreter", help="path or command, such as python3.15")
+    parser.add_argument("--part", choices=list(PARTS), default="startup")
+    parser.add_argument(
+        "--with", dest="requirements", nargs="+", default=[], metavar="REQUIREMENT", help="such as torch==2.14.1"
+    )
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the virtual environments")
+    options = parser.parse_args()
+    interpreter = shutil.which(options.interpreter)
+    if interpreter is None:
+        parser.error(f"{options.interpreter} is not an interpreter; expected a path or a command, such as python3.15")
+    interpreter = os.path.abspath(interpreter)
+    python = environment(interpreter, options.part, options.requirements, options.cache)
+    return run(python, interpreter, options.part)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
