@@ -7,24 +7,20 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
-import inspect
 import json
 import platform
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import CodeType, ModuleType
-from typing import Any
 
 from hf_packfix.activation import Status, difference, status
 from hf_packfix.patches import PATCHES
 from hf_packfix.selftest import selftest
 from hf_packfix.switch import ACCEPTED, VARIABLE, switch, value
+from hf_packfix.trainers import handled_apart, load_lazy, overridden_methods, patched_methods
 
 __all__ = ["run"]
 
-#: Whose methods are patched.
-TRAINERS = ("Trainer", "Seq2SeqTrainer")
 STARTUP_FILES = ("hf_packfix_auto.pth", "hf_packfix_auto.start", "_hf_packfix_boot.py")
 
 
@@ -120,12 +116,13 @@ def examine(modules: Sequence[str]) -> Report:
         except (Exception, SystemExit) as error:  # a script may end when it is imported
             problems.append(f"--import {name}: {type(error).__name__}: {error}")
             continue
-        warnings += _load_lazy(module)
-        found = _trainers(name)
+        warnings += load_lazy(module)
+        found = overridden_methods(name)
         if not found:
             warnings.append(f"--import {name}: found no Trainer subclass; name the module that defines it")
         trainers.update(found)
-    for method, reason in _reasons().items():
+        warnings += handled_apart(name)
+    for method, reason in patched_methods().items():
         without = [name for name, methods in trainers.items() if methods.get(method) is False]
         if without:
             warnings.append(
@@ -192,59 +189,6 @@ def _startup_files() -> Iterator[tuple[str, str]]:
         # RECORD holds digests in URL-safe base64 without padding.
         intact = base64.urlsafe_b64encode(digest).decode().rstrip("=") == file.hash.value
         yield str(path), "intact" if intact else "changed"
-
-
-def _load_lazy(module: ModuleType) -> Iterator[str]:
-    """Load the Trainers that a module lists and loads when they are asked for, as trl does; yield what fails."""
-    for name in dir(module):
-        if name.endswith("Trainer") and name not in vars(module):
-            try:
-                getattr(module, name)
-            except Exception as error:
-                message = " ".join(str(error).split())
-                yield f"{module.__name__}.{name} cannot be loaded: {type(error).__name__}: {message}"
-
-
-def _reasons() -> dict[str, str]:
-    """Return the methods of the Trainers that are patched on this version, each with the reason."""
-    idle = {p.target for p in status().patches if p.state in ("not-needed", "not-applicable")}
-    patches = [p for p in PATCHES if p.path.split(".")[0] in TRAINERS and p.target not in idle]
-    return {p.path.split(".")[1]: p.reason for p in reversed(patches)}
-
-
-def _trainers(package: str) -> dict[str, dict[str, bool]]:
-    """Return the Trainer subclasses of a module and its submodules, with the patched methods they override."""
-    from transformers import Trainer
-
-    patched = _reasons()
-    found: dict[str, dict[str, bool]] = {}
-    waiting: list[type[Any]] = [Trainer]
-    while waiting:
-        cls = waiting.pop()
-        waiting.extend(cls.__subclasses__())
-        # A class of another module counts where this one shows it, as scripts do that import theirs.
-        shown = vars(sys.modules[package]).get(cls.__name__) is cls
-        if (
-            (shown and not cls.__module__.startswith("transformers."))
-            or cls.__module__ == package
-            or cls.__module__.startswith(f"{package}.")
-        ):
-            overridden = sorted(patched.keys() & vars(cls).keys())
-            found[f"{cls.__module__}.{cls.__qualname__}"] = {name: _calls_super(cls, name) for name in overridden}
-    return dict(sorted(found.items()))
-
-
-def _calls_super(cls: type[Any], method: str) -> bool:
-    """Tell whether a class's own method hands over to that of a parent: read from the names in its code."""
-    names: set[str] = set()
-    waiting = [getattr(inspect.unwrap(vars(cls)[method]), "__code__", None)]
-    while waiting:
-        code = waiting.pop()
-        if isinstance(code, CodeType):
-            names.update(code.co_names)
-            waiting.extend(code.co_consts)
-    # The name of the method alone could be a call of itself, which the original makes for what is nested.
-    return method in names and not names.isdisjoint({"super", *(base.__name__ for base in cls.__mro__[1:])})
 
 
 def _text(report: Report) -> str:

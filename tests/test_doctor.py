@@ -106,6 +106,26 @@ def test_a_method_that_needs_no_patch_here_is_nothing_to_warn_of(tmp_path):
     assert any("get_batch_samples" in warning for warning in report["warnings"]) == acts
 
 
+def test_what_is_done_to_tensors_apart(tmp_path):
+    (tmp_path / "casts.py").write_text(
+        "import torch\n"
+        "from transformers import Trainer\n"
+        "class Casts(Trainer):\n"
+        "    def _prepare_inputs(self, inputs):\n"
+        "        inputs = super()._prepare_inputs(inputs)\n"
+        "        return {k: v.half() if torch.is_tensor(v) else v for k, v in inputs.items()}\n"
+        "class Plain(Trainer):\n"
+        "    def compute_loss(self, model, inputs, **kwargs): return model(**inputs).loss\n"
+        "def nested_detach(tensors): return tensors.detach()\n"
+        "from transformers.trainer_pt_utils import nested_concat\n"
+    )
+    status, report = doctor(tmp_path, "--import", "casts")
+    assert status == 0
+    cast, copy = report["warnings"]
+    assert cast.startswith("casts.Casts._prepare_inputs looks for tensors itself (is_tensor): ")
+    assert copy.startswith("casts.nested_detach is a copy of transformers.trainer_pt_utils:nested_detach, and is not")
+
+
 def test_the_self_test_on_a_machine_with_several_gpus(monkeypatch):
     set_up = TrainingArguments.__post_init__
 
