@@ -143,6 +143,19 @@ def get_num_items_in_batch(original: Function, patch: Patch) -> Function:
     return _get_num_items_in_batch
 
 
+def _labels_in_loss(trainer: Any) -> Function | None:
+    """Return the method ``labels_in_loss`` of a Trainer's model; None for models without one.
+
+    A model with this method says by it which labels its loss uses. ``labels_in_loss(inputs)`` returns them, a tensor
+    or packed, with one label for each of the model's logits, and -100 if the loss ignores it. The models of
+    ``hf_packfix.models`` have it: they ignore labels at padding, wherever it is, which upstream's count cannot know.
+    """
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        # The user's own loss: upstream's count is what it is written for.
+        return None
+    return getattr(getattr(trainer, "model", None), "labels_in_loss", None)
+
+
 def _label_converter() -> Function:
     """Return the function that puts tensors, in which the original can count, for packed labels of a Trainer's batch.
 
@@ -155,7 +168,14 @@ def _label_converter() -> Function:
     from hf_packfix.packed import PackedSequence, pad
 
     def with_countable_labels(trainer: Any, batch: Any) -> Any:
-        if not check_batch(batch):
+        packed = check_batch(batch)
+        labels_in_loss = _labels_in_loss(trainer)
+        if labels_in_loss is not None and isinstance(batch, Mapping) and batch.get("labels") is not None:
+            labels = labels_in_loss(batch)
+            # Behind an ignored one, so that the count is the same whether the original leaves out the first or not.
+            flat = torch.nn.functional.pad(torch.flatten(labels.data), (1, 0), value=-100)
+            return {**{key: value for key, value in batch.items() if key != "shift_labels"}, "labels": flat}
+        if not packed:
             return batch
         changed = {}
         if isinstance(batch.get("shift_labels"), PackedSequence):
