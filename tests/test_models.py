@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    Seq2SeqTrainer,
     Trainer,
 )
 
@@ -29,7 +30,7 @@ from hf_packfix.models import (
     RecurrentModel,
 )
 from tests.layouts import LAYOUTS, arrange, run, sequences_of
-from tests.oracle import arguments, assert_same_run, packed_batch, padded_batch, rows, stock, train
+from tests.oracle import arguments, assert_same_run, new_trainer, packed_batch, padded_batch, rows, stock, train
 
 V, H, C = 13, 6, 3
 CELLS = ["rnn", "lstm", "gru"]
@@ -624,6 +625,73 @@ def test_labels_in_loss_are_those_that_the_logits_predict(layout):
     assert mask is None or (found[mask == 0] == -100).all()
     logits = model(batch["input_ids"], mask).logits.data.flatten(0, -2)
     torch.testing.assert_close(model(**batch).loss, cross_entropy(logits, found.data.flatten()), **CLOSE)
+
+
+def smoothed(logits, targets, epsilon):
+    """Return the loss with label smoothing over logits ``[N, V]`` and targets ``[N]``."""
+    scores, targets = -logits.log_softmax(-1)[targets != -100], targets[targets != -100]
+    nll = scores[torch.arange(len(targets)), targets]
+    return ((1 - epsilon) * nll + epsilon * scores.mean(-1)).mean()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("fill", [-100, 2])
+def test_label_smoothing_smooths_the_next_token(tmp_path, layout, fill):
+    data = [{"input_ids": row} for row in SENTENCES]
+    trainer = new_trainer(
+        tmp_path,
+        build(RecurrentForCausalLM),
+        data,
+        collator(layout, fill),
+        trainer=InOrder,
+        max_steps=1,
+        label_smoothing_factor=0.2,
+    )
+    evaluated = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    model, losses = build(RecurrentForCausalLM), []
+    for start in range(0, len(data), 3):
+        rows = SENTENCES[start : start + 3]
+        logits = [model(row[None]).logits[0, :-1] for row in rows]
+        targets = [row[1:].where(row[1:] != 3, -100) for row in rows]
+        losses += len(rows) * [smoothed(torch.cat(logits), torch.cat(targets), 0.2)]
+    losses[0].backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    (step,) = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert step["loss"] == pytest.approx(losses[0].item(), rel=1e-4)
+    assert float(step["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
+    assert evaluated == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_label_smoothing_with_predict_with_generate(tmp_path, layout):
+    data = [{"input_ids": row} for row in SENTENCES[1:4]]
+    # With metrics: without, nothing is generated.
+    changes = {"label_smoothing_factor": 0.2, "trainer": Seq2SeqTrainer, "options": {"compute_metrics": lambda _: {}}}
+    losses = []
+    for generates in (False, True):
+        model = build(RecurrentForCausalLM, pad_token_id=0).eval()
+        trainer = new_trainer(
+            tmp_path,
+            model,
+            data,
+            collator(layout),
+            predict_with_generate=generates,
+            generation_max_length=14,
+            **changes,
+        )
+        smoother = trainer.label_smoother
+        losses.append(trainer.evaluate()["eval_loss"])
+        assert trainer.label_smoother is smoother
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_label_smoothing_with_accumulation(tmp_path):
+    data = [{"input_ids": row} for row in SENTENCES]
+    changes = {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    packed = train(tmp_path, build(RecurrentForCausalLM), data, collator("packed"), **changes)
+    for layout, fill in (("left", 2), ("holes", -100)):
+        assert_same_run(train(tmp_path, build(RecurrentForCausalLM), data, collator(layout, fill), **changes), packed)
 
 
 def test_a_loss_function_of_the_user_gets_the_count_of_upstream(tmp_path):

@@ -118,8 +118,12 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
         """
         if decoder_input_ids is None:
             if labels is None:
-                raise ValueError("expected decoder_input_ids or labels, found neither: the decoder reads one of them")
-            decoder_input_ids = shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+                raise ValueError(
+                    "expected decoder_input_ids or labels, found neither: the decoder reads one of them. A Trainer "
+                    "with label smoothing or compute_loss_func keeps the labels from the model: turn hf_packfix on, "
+                    "or add decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels) to the batch"
+                )
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         begun = given_state({**loss_kwargs, "past_key_values": past_key_values, "cache": cache})
         if begun is None:
             if encoder_outputs is None:
@@ -144,6 +148,19 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Steps) -> Steps:
+        """Return what the decoder reads to predict ``labels``: the start token, then each label but the last.
+
+        ``DataCollatorForSeq2Seq(tokenizer, model=model)`` calls it, as does a Trainer that computes the loss itself.
+
+        Args:
+            labels: int64 ``[B, T]`` padded with -100 on the right, or packed. A label of -100 becomes padding.
+
+        Returns:
+            int64 in the layout of the labels.
+        """
+        return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
 
     def labels_in_loss(self, inputs: Mapping[str, Any]) -> Steps:
         """Return the labels as the loss uses them, -100 at padding of the target; the Trainer counts these.
