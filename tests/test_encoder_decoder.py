@@ -129,6 +129,26 @@ def test_beam_search_with_and_without_the_cache(cell):
         torch.testing.assert_close(score, mean.detach(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_beams_and_samples_do_not_depend_on_the_padding_of_the_source(layout, sampled):
+    model, found = sharp("lstm"), []
+    options = {"do_sample": True, "num_return_sequences": 2} if sampled else {"do_sample": False, "num_beams": 3}
+    for place in ("left", layout):
+        inputs, mask = arrange(place, tokens((3, 7, 1, 5)))
+        torch.manual_seed(5)
+        found.append(model.generate(input_ids=inputs, attention_mask=mask, max_new_tokens=9, **options))
+    assert torch.equal(*found)
+
+
+def test_a_target_that_ends_with_padding_is_not_continued():
+    model, (inputs, mask) = sharp("gru"), arrange("right", tokens((3, 7)))
+    target, real = arrange("right", [torch.tensor([BOS, 5]), torch.tensor([BOS, 5, 6, 7])])
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    with pytest.raises(ValueError, match="decoder_attention_mask ends with padding in row 0"):
+        model.generate(inputs, decoder_input_ids=target[:, :4], decoder_attention_mask=real[:, :4], **options)
+
+
 def test_encoder_outputs_stand_in_for_the_source():
     model, (inputs, mask) = sharp("gru"), arrange("right", tokens((3, 7)))
     encoded = model.get_encoder()(inputs, mask, return_dict=True)
