@@ -17,7 +17,15 @@ from transformers.trainer_pt_utils import nested_concat, nested_numpify, nested_
 
 from hf_packfix.patches import PATCHES, Patch
 from hf_packfix.ragged import Pieces
-from tests import test_distributed, test_evaluate, test_prepare_input, test_ragged, test_seq2seq, test_train
+from tests import (
+    test_distributed,
+    test_evaluate,
+    test_models,
+    test_prepare_input,
+    test_ragged,
+    test_seq2seq,
+    test_train,
+)
 from tests.drift import state_here
 from tests.oracle import Tagger, packed_batch, padded_batch, rows, stock, train
 
@@ -102,6 +110,7 @@ NEEDED_BY: dict[str, Callable[[Any], None]] = {
         d, Tagger, 3
     ),
     "Trainer.get_batch_samples": input_tokens,
+    "Trainer.compute_loss": lambda d: test_models.test_label_smoothing_smooths_the_next_token(d, "left", 2),
     "Trainer.evaluation_loop": test_evaluate.test_labels_under_another_name_are_named_once,
     "Trainer.prediction_step": test_evaluate.test_labels_under_another_name_are_named_once,
     "LabelSmoother.__call__": lambda d: test_train.test_label_smoothing(d, 1),

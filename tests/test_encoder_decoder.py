@@ -7,12 +7,13 @@ import random
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import PackedSequence
 from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from hf_packfix import DataCollatorForPackedSequence
 from hf_packfix.models import RecurrentEncoderDecoder, RecurrentEncoderDecoderConfig
 from tests.layouts import LAYOUTS, arrange, run, sequences_of
-from tests.oracle import assert_same_run, packed_batch, stock, train
+from tests.oracle import assert_same_run, new_trainer, packed_batch, stock, train
 
 PAD, BOS, EOS, V, H = 0, 1, 2, 13, 6
 CELLS = ["rnn", "lstm", "gru"]
@@ -128,6 +129,26 @@ def test_beam_search_with_and_without_the_cache(cell):
         torch.testing.assert_close(score, mean.detach(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_beams_and_samples_do_not_depend_on_the_padding_of_the_source(layout, sampled):
+    model, found = sharp("lstm"), []
+    options = {"do_sample": True, "num_return_sequences": 2} if sampled else {"do_sample": False, "num_beams": 3}
+    for place in ("left", layout):
+        inputs, mask = arrange(place, tokens((3, 7, 1, 5)))
+        torch.manual_seed(5)
+        found.append(model.generate(input_ids=inputs, attention_mask=mask, max_new_tokens=9, **options))
+    assert torch.equal(*found)
+
+
+def test_a_target_that_ends_with_padding_is_not_continued():
+    model, (inputs, mask) = sharp("gru"), arrange("right", tokens((3, 7)))
+    target, real = arrange("right", [torch.tensor([BOS, 5]), torch.tensor([BOS, 5, 6, 7])])
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    with pytest.raises(ValueError, match="decoder_attention_mask ends with padding in row 0"):
+        model.generate(inputs, decoder_input_ids=target[:, :4], decoder_attention_mask=real[:, :4], **options)
+
+
 def test_encoder_outputs_stand_in_for_the_source():
     model, (inputs, mask) = sharp("gru"), arrange("right", tokens((3, 7)))
     encoded = model.get_encoder()(inputs, mask, return_dict=True)
@@ -207,6 +228,68 @@ def test_packed_training_equals_padded_training(tmp_path, accumulation):
     with stock():
         padded = train(tmp_path, build(), data, padded_pair, **options)
     assert_same_run(packed, padded)
+
+
+def pairs():
+    sources, targets = tokens((3, 7, 1, 5, 2, 9)), tokens((4, 2, 6, 1, 3, 8), seed=1)
+    targets[2][3] = -100
+    return [{"input_ids": source, "labels": target} for source, target in zip(sources, targets, strict=True)]
+
+
+def of_the_collator(model):
+    """Return a collator that adds ``decoder_input_ids``, as ``DataCollatorForSeq2Seq`` does."""
+
+    def collate(features):
+        batch = padded_pair(features)
+        return {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])}
+
+    return collate
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded", "collator"])
+@pytest.mark.parametrize("generates", [False, True])
+def test_label_smoothing_equals_a_loop_over_steps(tmp_path, layout, generates):
+    model, data, epsilon = build(), pairs(), 0.2
+    collate = {"packed": packed_batch, "padded": padded_pair, "collator": of_the_collator(model)}[layout]
+    changes = {"label_smoothing_factor": epsilon, "predict_with_generate": generates, "generation_max_length": 9}
+    changes |= {"max_steps": 1, "per_device_train_batch_size": 6, "per_device_eval_batch_size": 6}
+    # With metrics: without, nothing is generated.
+    changes |= {"trainer": Seq2SeqTrainer, "options": {"compute_metrics": lambda _: {}}}
+    trainer = new_trainer(tmp_path, model, data, collate, **changes)
+    evaluated = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    model = build()
+    logits, targets = [], torch.cat([row["labels"] for row in data])
+    for row in data:
+        read = torch.cat([torch.tensor([BOS]), row["labels"][:-1]])
+        logits.append(decode(model, row["input_ids"], read.where(read != -100, PAD)))
+    scores, targets = -torch.cat(logits).log_softmax(-1)[targets != -100], targets[targets != -100]
+    nll = scores[torch.arange(len(targets)), targets]
+    expected = ((1 - epsilon) * nll + epsilon * scores.mean(-1)).mean()
+    expected.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    (step,) = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert step["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert float(step["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
+    assert evaluated == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("collate", [packed_batch, padded_pair])
+def test_a_loss_function_of_the_user(tmp_path, collate):
+    def loss(outputs, labels, num_items_in_batch=None):
+        logits, targets = (x.data if isinstance(x, PackedSequence) else x for x in (outputs.logits, labels))
+        return cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+    changes = {"max_steps": 1, "per_device_train_batch_size": 6}
+    found = train(tmp_path, build(), pairs(), collate, options={"compute_loss_func": loss}, **changes)
+    expected = train(tmp_path, build(), pairs(), collate, **changes)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+
+
+def test_without_the_plugin_smoothing_says_what_to_do(tmp_path):
+    trainer = new_trainer(tmp_path, build(), pairs(), padded_pair, label_smoothing_factor=0.1)
+    with stock(), pytest.raises(ValueError, match=r"turn hf_packfix on, or add decoder_input_ids=model\.prepare_"):
+        trainer.train()
 
 
 def test_predict_with_generate(tmp_path):

@@ -152,6 +152,94 @@ def test_sampling_with_and_without_the_cache_draws_the_same():
     assert torch.equal(*drawn)
 
 
+PADDED = ["right", "holes"]
+
+
+def prompts_kept(output, inputs):
+    """Return whether rows begin with the prompts as given, each as often as it was continued."""
+    return torch.equal(output[:, : inputs.shape[1]], inputs.repeat_interleave(len(output) // len(inputs), dim=0))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("layout", PADDED)
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_greedy_wherever_the_padding_stands(cell, layout, use_cache, masked):
+    model, ids = build(cell), prompts()
+    inputs, mask = arrange(layout, ids, fill=PAD)
+    # Without a mask, the token of padding tells where it is.
+    given = {"attention_mask": mask} if masked else {}
+    before = inputs.clone()
+    output = model.generate(inputs, max_new_tokens=12, do_sample=False, use_cache=use_cache, **given)
+    assert new_tokens(output, inputs.shape[1]) == [greedy(model, row, 12) for row in ids]
+    assert prompts_kept(output, before)
+    assert torch.equal(inputs, before)
+
+
+@pytest.mark.parametrize("layout", PADDED)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_beam_search_wherever_the_padding_stands(layout, use_cache):
+    model, ids = build(sharpness=3.0), prompts()
+    inputs, mask = arrange(layout, ids, fill=PAD)
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "early_stopping": "never"}
+    output = model.generate(inputs, attention_mask=mask, use_cache=use_cache, num_return_sequences=2, **options)
+    assert new_tokens(output[::2], inputs.shape[1]) == [beams(model, row, 6, width=3) for row in ids]
+    assert prompts_kept(output, inputs)
+
+
+@pytest.mark.parametrize("layout", PADDED)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_sampling_wherever_the_padding_stands(layout, use_cache):
+    model, ids, drawn = build(sharpness=2.0), prompts(), []
+    for place in ("left", layout):
+        inputs, mask = arrange(place, ids, fill=PAD)
+        torch.manual_seed(5)
+        output = model.generate(
+            inputs,
+            attention_mask=mask,
+            max_new_tokens=8,
+            do_sample=True,
+            num_return_sequences=3,
+            use_cache=use_cache,
+            return_dict_in_generate=True,
+        )
+        assert prompts_kept(output.sequences, inputs)
+        drawn.append(output.sequences[:, inputs.shape[1] :])
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("layout", PADDED)
+def test_what_may_not_be_repeated_does_not_depend_on_the_padding(layout):
+    model, ids = build(), [torch.tensor([3, 4, 5, 3]), torch.tensor([6, 7, 6, 7, 8, 6]), torch.tensor([9, 9])]
+    inputs, mask = arrange(layout, ids, fill=PAD)
+    options = {"max_new_tokens": 8, "do_sample": False, "no_repeat_ngram_size": 2}
+    output = model.generate(inputs, attention_mask=mask, **options)
+    alone = [model.generate(row[None], attention_mask=torch.ones_like(row)[None], **options)[0] for row in ids]
+    expected = [new_tokens(row[None], len(ids[place]))[0] for place, row in enumerate(alone)]
+    assert new_tokens(output, inputs.shape[1]) == expected
+    del options["no_repeat_ngram_size"]
+    assert new_tokens(model.generate(inputs, attention_mask=mask, **options), inputs.shape[1]) != expected
+
+
+def test_continuing_from_a_state_with_padded_prompts():
+    model, ids = build(sharpness=2.0), prompts((4, 9, 6, 2))
+    model.generation_config.eos_token_id = None
+    rest = prompts((3, 1, 2, 5))
+    (first, seen), (second, unseen) = arrange("holes", ids, fill=PAD), arrange("right", rest, fill=PAD)
+    state = model(first, attention_mask=seen, use_cache=True)[CACHE_NAME]
+    output = model.generate(
+        torch.cat([first, second], dim=1),
+        attention_mask=torch.cat([seen, unseen], dim=1),
+        max_new_tokens=5,
+        do_sample=False,
+        **{CACHE_NAME: state},
+    )
+    whole = [torch.cat(pair) for pair in zip(ids, rest, strict=True)]
+    alone = [model.generate(row[None], max_new_tokens=5, do_sample=False)[0, len(row) :] for row in whole]
+    assert torch.equal(output[:, -5:], torch.stack(alone))
+    assert torch.equal(output[:, :-5], torch.cat([first, second], dim=1))
+
+
 def test_a_packed_prompt():
     model, ids = build(), prompts()
     for call in (

@@ -40,6 +40,8 @@ def owner(batch: Any) -> Any:
         compute_metrics=print,
         label_names=["labels"],
         ignore_index=-100,
+        label_smoother=print,
+        compute_loss_func=None,
         model=torch.nn.Linear(1, 1),
         args=SimpleNamespace(predict_with_generate=True, n_gpu=1, include_num_input_tokens_seen="no"),
         _get_num_items_in_batch=None,

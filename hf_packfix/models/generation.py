@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_packfix.models.upstream import GenerationMixin, rename_state
+from hf_packfix.models.upstream import CACHE_NAME, GenerationMixin, rename_state
 from hf_packfix.packed import PackedSequence, pad_left, with_data
 
 __all__ = ["RecurrentCache", "RecurrentGenerationMixin"]
@@ -91,9 +91,17 @@ class RecurrentGenerationMixin(GenerationMixin):
         return False
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Generate as ``GenerationMixin.generate`` does; a packed prompt is padded on the left first.
+        """Generate as ``GenerationMixin.generate`` does, from prompts in any layout.
+
+        Padded prompts ``[B, T]`` have an ``attention_mask`` ``[B, T]`` that is zero at padding, which may stand
+        anywhere: each prompt is continued as if it was alone. Without a mask, ``pad_token_id`` is padding, unless it
+        is an end token. The new tokens follow after column T, and the prompts come back as they were given. A packed
+        prompt comes back padded on the left.
 
         A state to continue from is ``cache`` or ``past_key_values``, with any release of transformers.
+
+        Raises:
+            ValueError: ``decoder_attention_mask`` of an encoder-decoder ends with padding.
         """
         rename_state(kwargs)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
@@ -101,4 +109,61 @@ class RecurrentGenerationMixin(GenerationMixin):
             real = with_data(input_ids, torch.ones_like(input_ids.data))
             kwargs["attention_mask"] = pad_left(real)
             input_ids = pad_left(input_ids, self.config.pad_token_id or 0)
-        return super().generate(input_ids, *args, **kwargs)
+        if self.config.is_encoder_decoder:
+            # The source may be padded anywhere, the encoder returns its state after the last real step.
+            _check_decoder_mask(kwargs.get("decoder_attention_mask"))
+            return super().generate(input_ids, *args, **kwargs)
+        mask = kwargs.get("attention_mask")
+        if mask is None and isinstance(input_ids, Tensor):
+            mask = self._mask_of_padding(input_ids, args[0] if args else kwargs.get("generation_config"), kwargs)
+        if not isinstance(input_ids, Tensor) or not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
+            return super().generate(input_ids, *args, **kwargs)
+        # transformers continues a prompt at its last column, and its processors of logits look at the columns before.
+        order = _real_steps_last(mask.to(input_ids.device), begin=getattr(kwargs.get(CACHE_NAME), "seen_steps", 0))
+        kwargs["attention_mask"] = mask.gather(1, order.to(mask.device))
+        output = super().generate(input_ids.gather(1, order), *args, **kwargs)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        prompts = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
+        sequences[:, : prompts.shape[1]] = prompts.to(sequences.device)
+        return output
+
+    def _mask_of_padding(self, input_ids: Tensor, config: Any, words: dict[str, Any]) -> Tensor | None:
+        """Return the mask ``[B, T]`` that transformers infers from the tokens of prompts without one; None if none.
+
+        Args:
+            input_ids: the prompts.
+            config: the ``generation_config`` that ``generate()`` was given.
+            words: the keyword arguments that it was given.
+        """
+
+        def setting(name: str) -> Any:
+            for value in (words.get(name), getattr(config, name, None), getattr(self.generation_config, name, None)):
+                if value is not None:
+                    return value
+            return None
+
+        padding, end = setting("pad_token_id"), setting("eos_token_id")
+        if padding is None or int(padding) in torch.as_tensor([] if end is None else end).flatten().tolist():
+            return None
+        return (input_ids != int(padding)).to(torch.int64)
+
+
+def _real_steps_last(mask: Tensor, begin: int) -> Tensor:
+    """Return the columns ``[B, T]`` in the order that puts padding before the real steps of each row.
+
+    Args:
+        mask: ``[B, T]``, zero at padding.
+        begin: the number of columns that keep their places, those that a given state has read.
+    """
+    unread = mask[:, begin:].bool().to(torch.int64).sort(dim=1, stable=True).indices + begin
+    read = torch.arange(min(begin, mask.shape[1]), device=mask.device).expand(len(mask), -1)
+    return torch.cat([read, unread], dim=1)
+
+
+def _check_decoder_mask(mask: Tensor | None) -> None:
+    rows = [] if mask is None else (mask[:, -1] == 0).nonzero().flatten().tolist()
+    if rows:
+        raise ValueError(
+            f"decoder_attention_mask ends with padding in row {rows[0]}: a target is continued at its last column, "
+            f"pad decoder_input_ids on the left"
+        )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_packfix.models.configuration_recurrent import PROBLEM_TYPES, RecurrentConfig
-from hf_packfix.models.packing import Steps, align, pack, previous_rows, real_steps, unpack
+from hf_packfix.models.packing import Steps, align, previous_rows, real_steps
 from hf_packfix.packed import PackedSequence, batch_size, with_data
 
 __all__ = ["IGNORED", "next_labels", "sequence_loss", "shift_right", "step_labels", "step_loss"]
@@ -26,7 +26,7 @@ def step_labels(labels: Steps, logits: Steps, attention_mask: Steps | None = Non
 
     Args:
         labels: int64 ``[B, T]``, or packed; packed in another order of the rows is set right.
-        logits: ``[B, T, C]``, or packed.
+        logits: ``[B, T, C]``, or packed; or the inputs ``[B, T, *]``, which have the same steps.
         attention_mask: ``[B, T]``, of a padded batch.
 
     Raises:
@@ -50,11 +50,15 @@ def next_labels(labels: Steps, attention_mask: Steps | None = None) -> Steps:
         shifted[previous_rows(labels)] = labels.data[batch_size(labels) :]
         return with_data(labels, shifted)
     real = real_steps(attention_mask, labels)
+    followed = functional.pad(labels, (0, 1), value=IGNORED)
     if real is None:
-        return functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-    packed = next_labels(pack(labels, real))
-    assert isinstance(packed, PackedSequence)
-    return unpack(packed, real, fill=IGNORED)
+        return followed[:, 1:]
+    width = labels.shape[1]
+    columns = torch.arange(width, device=labels.device)
+    # The first real column from each column on; `width`, where `followed` holds -100, if there is none.
+    first_real = columns.where(real, width).flip(1).cummin(1).values.flip(1)
+    after = functional.pad(first_real[:, 1:], (0, 1), value=width)
+    return followed.gather(1, after).masked_fill(~real, IGNORED)
 
 
 def shift_right(labels: Steps, start_token_id: int, pad_token_id: int) -> Steps:

@@ -13,7 +13,7 @@ same packing. What a model computes does not depend on the layout, nor on where 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -223,7 +223,7 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
         labels: Tensor | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
+        **loss_kwargs: Any,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """Return ``logits`` ``[B, C]`` and, with labels, the loss.
 
@@ -236,7 +236,7 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
                 set from the first labels where it is None.
             return_dict: False for a plain tuple.
             num_items_in_batch: what the summed loss is divided by.
-            **kwargs: ignored.
+            **loss_kwargs: ignored. From this name, transformers 4.46 knows that we take ``num_items_in_batch``.
 
         Raises:
             ValueError: see :meth:`RecurrentModel.forward`; or the labels have another shape.
@@ -267,7 +267,7 @@ class RecurrentForTokenClassification(RecurrentPreTrainedModel):
         labels: Steps | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
+        **loss_kwargs: Any,
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Return ``logits`` ``[B, T, C]``, or packed, and, with labels, the loss over real steps.
 
@@ -278,7 +278,7 @@ class RecurrentForTokenClassification(RecurrentPreTrainedModel):
             labels: int64 ``[B, T]``, or packed where the inputs are; -100 is ignored, and so is padding.
             return_dict: False for a plain tuple.
             num_items_in_batch: what the summed loss is divided by.
-            **kwargs: ignored.
+            **loss_kwargs: ignored. From this name, transformers 4.46 knows that we take ``num_items_in_batch``.
 
         Raises:
             ValueError: see :meth:`RecurrentModel.forward`; or the labels do not fit the inputs.
@@ -289,6 +289,21 @@ class RecurrentForTokenClassification(RecurrentPreTrainedModel):
         if labels is not None:
             loss = step_loss(logits, step_labels(labels, logits, attention_mask), num_items_in_batch)
         return _result(TokenClassifierOutput(loss=loss, logits=logits), _default(return_dict, self.config.return_dict))
+
+    def labels_in_loss(self, inputs: Mapping[str, Any]) -> Steps:
+        """Return the labels as the loss uses them, -100 at padding; the Trainer counts these.
+
+        Args:
+            inputs: a batch with labels, by the keywords of :meth:`forward`.
+
+        Returns:
+            int64 ``[B, T]``, or packed.
+
+        Raises:
+            ValueError: the labels do not fit the inputs, as in :meth:`forward`.
+        """
+        labels = inputs["labels"]
+        return step_labels(labels, inputs.get(self.main_input_name, labels), inputs.get("attention_mask"))
 
 
 class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
@@ -327,7 +342,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
         cache: RecurrentCache | None = None,
-        **kwargs: Any,
+        **loss_kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return ``logits`` ``[B, T, V]``, or packed, and, with labels, the loss of predicting the next one.
 
@@ -342,7 +357,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
             logits_to_keep: compute the logits of the last so many columns of a padded batch; 0 for all.
             num_items_in_batch: what the summed loss is divided by.
             cache: the same as ``past_key_values``, by its name from transformers 5.24 on.
-            **kwargs: ignored.
+            **loss_kwargs: ignored. From this name, transformers 4.46 knows that we take ``num_items_in_batch``.
 
         Raises:
             ValueError: see :meth:`RecurrentModel.forward`; or the labels do not fit the inputs, or
@@ -351,7 +366,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
         output = self.recurrent(
             input_ids,
             attention_mask,
-            cache=given_state({**kwargs, "past_key_values": past_key_values, "cache": cache}),
+            cache=given_state({**loss_kwargs, "past_key_values": past_key_values, "cache": cache}),
             use_cache=use_cache,
             return_dict=True,
         )
@@ -369,6 +384,25 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
             CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: output.recurrent_state}),
             _default(return_dict, self.config.return_dict),
         )
+
+    def labels_in_loss(self, inputs: Mapping[str, Any]) -> Steps:
+        """Return for every step the label that its logits predict: the next real step's, or -100.
+
+        The Trainer counts these labels, and with label smoothing it computes the loss from them. Its own rule, to
+        leave out the first column, is not enough: padding may stand before a sequence, and labels at padding do not
+        count whatever they are.
+
+        Args:
+            inputs: a batch with labels, by the keywords of :meth:`forward`.
+
+        Returns:
+            int64 ``[B, T]``, or packed.
+
+        Raises:
+            ValueError: the labels do not fit the inputs, as in :meth:`forward`.
+        """
+        labels, mask = inputs["labels"], inputs.get("attention_mask")
+        return next_labels(step_labels(labels, inputs.get("input_ids", labels), mask), mask)
 
 
 def _default(value: bool | None, otherwise: bool | None) -> bool:

@@ -10,6 +10,7 @@ each be padded, ``[B, S]`` and ``[B, T]``, or packed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         cache: RecurrentCache | None = None,
-        **kwargs: Any,
+        **loss_kwargs: Any,
     ) -> Seq2SeqLMOutput | tuple[Any, ...]:
         """Return ``logits`` ``[B, T, V]``, or packed, and, with labels, the loss over the target.
 
@@ -109,7 +110,7 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
             return_dict: False for a plain tuple.
             num_items_in_batch: what the summed loss is divided by.
             cache: the same as ``past_key_values``, by its name from transformers 5.24 on.
-            **kwargs: ignored.
+            **loss_kwargs: ignored. From this name, transformers 4.46 knows that we take ``num_items_in_batch``.
 
         Raises:
             ValueError: there is neither a source nor a state, neither target nor labels, or the labels do
@@ -117,9 +118,13 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
         """
         if decoder_input_ids is None:
             if labels is None:
-                raise ValueError("expected decoder_input_ids or labels, found neither: the decoder reads one of them")
-            decoder_input_ids = shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
-        begun = given_state({**kwargs, "past_key_values": past_key_values, "cache": cache})
+                raise ValueError(
+                    "expected decoder_input_ids or labels, found neither: the decoder reads one of them. A Trainer "
+                    "with label smoothing or compute_loss_func keeps the labels from the model: turn hf_packfix on, "
+                    "or add decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels) to the batch"
+                )
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        begun = given_state({**loss_kwargs, "past_key_values": past_key_values, "cache": cache})
         if begun is None:
             if encoder_outputs is None:
                 encoder_outputs = self.encoder(input_ids, attention_mask, use_cache=False, return_dict=True)
@@ -143,6 +148,34 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Steps) -> Steps:
+        """Return what the decoder reads to predict ``labels``: the start token, then each label but the last.
+
+        ``DataCollatorForSeq2Seq(tokenizer, model=model)`` calls it, as does a Trainer that computes the loss itself.
+
+        Args:
+            labels: int64 ``[B, T]`` padded with -100 on the right, or packed. A label of -100 becomes padding.
+
+        Returns:
+            int64 in the layout of the labels.
+        """
+        return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+
+    def labels_in_loss(self, inputs: Mapping[str, Any]) -> Steps:
+        """Return the labels as the loss uses them, -100 at padding of the target; the Trainer counts these.
+
+        Args:
+            inputs: a batch with labels, by the keywords of :meth:`forward`.
+
+        Returns:
+            int64 ``[B, T]``, or packed.
+
+        Raises:
+            ValueError: the labels do not fit ``decoder_input_ids``, as in :meth:`forward`.
+        """
+        labels = inputs["labels"]
+        return step_labels(labels, inputs.get("decoder_input_ids", labels), inputs.get("decoder_attention_mask"))
 
     def _decoder_start(self, encoder_outputs: RecurrentModelOutput) -> RecurrentCache:
         """Return the state in which the decoder begins, made of the encoder's final one ``[B, O]``."""

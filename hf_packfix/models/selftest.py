@@ -173,12 +173,12 @@ def padded_equals_packed(cell: str) -> None:
 
 
 def generate(cell: str) -> None:
-    """Left-padded prompts generate what each does alone, by greedy and beam search; sampling returns its rows."""
+    """Padded prompts generate what each does alone, by greedy and beam search; sampling returns its rows."""
     prompts = _sequences(4, 1, 3)
-    ids, mask = _padded(prompts, left=True)
     model = _model(RecurrentForCausalLM, cell).eval()
     words: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4}
-    for beams in (1, 3):
+    for beams, left in ((1, True), (3, True), (1, False)):
+        ids, mask = _padded(prompts, left=left)
         found = model.generate(ids, attention_mask=mask, num_beams=beams, do_sample=False, **words)
         for row, prompt in zip(found, prompts, strict=True):
             one = {"attention_mask": torch.ones_like(prompt)[None], "num_beams": beams, "use_cache": False}

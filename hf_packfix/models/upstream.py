@@ -163,6 +163,11 @@ CONTRACT: tuple[UpstreamName, ...] = (
     *_words(_GENERATION, "output or argument of the encoder-decoder", "encoder_outputs", "decoder_attention_mask"),
     *_words("transformers.trainer", "what the Trainer reads or passes", "keys_to_ignore_at_inference", "label_names"),
     *_words("transformers.trainer", "keyword that the Trainer passes to forward", "num_items_in_batch"),
+    *_words(
+        "transformers.data.data_collator",
+        "method of the encoder-decoder that DataCollatorForSeq2Seq calls",
+        "prepare_decoder_input_ids_from_labels",
+    ),
     UpstreamName(f"{_OUTPUT}.past_key_values", "", "field of the state; from 5.24 on another name of `cache`"),
     UpstreamName(f"{_OUTPUT}.cache", "", "field of the state", since="5.24"),
     UpstreamName(_GENERATION, "logits_to_keep", "keyword that generate() passes to forward", since="4.49"),

@@ -143,6 +143,56 @@ def get_num_items_in_batch(original: Function, patch: Patch) -> Function:
     return _get_num_items_in_batch
 
 
+def _labels_in_loss(trainer: Any) -> Function | None:
+    """Return the method ``labels_in_loss`` of a Trainer's model; None for models without one.
+
+    A model with this method says by it which labels its loss uses. ``labels_in_loss(inputs)`` returns them, a tensor
+    or packed, with one label for each of the model's logits, and -100 if the loss ignores it. The models of
+    ``hf_packfix.models`` have it: they ignore labels at padding, wherever it is, which upstream's count cannot know.
+    """
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        # The user's own loss: upstream's count is what it is written for.
+        return None
+    return getattr(getattr(trainer, "model", None), "labels_in_loss", None)
+
+
+@patch(
+    "transformers.trainer:Trainer.compute_loss",
+    reason="label smoothing compares the tokens of our language model with themselves and leaves our encoder-decoder "
+    "without decoder inputs; takes both from the model",
+    parameters=("self", "model", "inputs"),
+)
+def compute_loss(original: Function, patch: Patch) -> Function:
+    """Pass labels that match the logits step by step, and ``decoder_input_ids``, for models that declare them.
+
+    The original takes the labels out of the batch before it calls the model, and shifts them by one column if
+    transformers lists the model's class as a causal language model.
+    """
+
+    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if (self.label_smoother is not None or self.compute_loss_func is not None) and patch.active:
+            inputs = _without_need_of_labels(self, inputs)
+        return original(self, model, inputs, *args, **kwargs)
+
+    return compute_loss
+
+
+def _without_need_of_labels(trainer: Any, inputs: Any) -> Any:
+    """Return a batch for a Trainer that keeps the labels from the model and computes the loss itself."""
+    # Other models are not asked: what upstream does for them is as it was.
+    declared = getattr(trainer.model, "labels_in_loss", None)
+    if declared is None or not isinstance(inputs, Mapping) or inputs.get("labels") is None:
+        return inputs
+    changed = {}
+    labels_in_loss = _labels_in_loss(trainer)
+    if labels_in_loss is not None:
+        changed["labels"] = labels_in_loss(inputs)
+    prepare = getattr(trainer.model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None and inputs.get("decoder_input_ids") is None:
+        changed["decoder_input_ids"] = prepare(labels=inputs["labels"])
+    return {**inputs, **changed}
+
+
 def _label_converter() -> Function:
     """Return the function that puts tensors, in which the original can count, for packed labels of a Trainer's batch.
 
@@ -155,7 +205,14 @@ def _label_converter() -> Function:
     from hf_packfix.packed import PackedSequence, dtype_with, pad
 
     def with_countable_labels(trainer: Any, batch: Any) -> Any:
-        if not check_batch(batch):
+        packed = check_batch(batch)
+        labels_in_loss = _labels_in_loss(trainer)
+        if labels_in_loss is not None and isinstance(batch, Mapping) and batch.get("labels") is not None:
+            labels = labels_in_loss(batch)
+            # Behind an ignored one, so that the count is the same whether the original leaves out the first or not.
+            flat = torch.nn.functional.pad(torch.flatten(labels.data), (1, 0), value=-100)
+            return {**{key: value for key, value in batch.items() if key != "shift_labels"}, "labels": flat}
+        if not packed:
             return batch
         changed = {}
         if isinstance(batch.get("shift_labels"), PackedSequence):
@@ -238,4 +295,11 @@ def _with_countable_input(trainer: Any, batch: Any) -> Any:
     return type(batch)({**batch, **{key: Countable._make(value) for key, value in packed.items()}})  # type: ignore[call-arg]
 
 
-PATCHES = (prepare_input, floating_point_ops, track_num_input_tokens, get_num_items_in_batch, get_batch_samples)
+PATCHES = (
+    prepare_input,
+    floating_point_ops,
+    track_num_input_tokens,
+    get_num_items_in_batch,
+    get_batch_samples,
+    compute_loss,
+)

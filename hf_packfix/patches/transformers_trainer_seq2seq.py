@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_packfix.patches.patch import Function, Patch, patch
@@ -20,28 +21,42 @@ def prediction_step(original: Function, patch: Patch) -> Function:
 
     The original calls ``self.model.generate`` once with the inputs, ``model`` once with the same inputs for
     the loss, and pads the labels like the generated tokens. It gets rectangles, and a ``model`` that swaps the
-    packed batch back in.
+    packed batch back in. It smooths the labels as they are in the batch, without the shift that a language model
+    needs: for models that declare ``labels_in_loss`` (see ``transformers_trainer.py``), over these.
     """
     from hf_packfix import nested
 
     def prediction_step(
         self: Any, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
-        if (
-            not patch.active
-            or prediction_loss_only
-            or not self.args.predict_with_generate
-            or not nested.contains(inputs)
-        ):
+        if not patch.active or prediction_loss_only or not self.args.predict_with_generate:
             return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
+        with _smoothing_over_labels_in_loss(self, inputs):
+            if not nested.contains(inputs):
+                return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
 
-        def model_on_packed(**_: Any) -> Any:
-            return model(**self._prepare_inputs(inputs))
+            def model_on_packed(**_: Any) -> Any:
+                return model(**self._prepare_inputs(inputs))
 
-        padded = _for_generation(self.model, inputs)
-        return original(self, model_on_packed, padded, prediction_loss_only, *args, **kwargs)
+            padded = _for_generation(self.model, inputs)
+            return original(self, model_on_packed, padded, prediction_loss_only, *args, **kwargs)
 
     return prediction_step
+
+
+@contextlib.contextmanager
+def _smoothing_over_labels_in_loss(trainer: Any, inputs: Any) -> Iterator[None]:
+    """Let the Trainer's smoother compare logits with what the model says they predict, if it says so."""
+    smoother = getattr(trainer, "label_smoother", None)
+    labels_in_loss = getattr(trainer.model, "labels_in_loss", None)
+    if smoother is None or labels_in_loss is None or inputs.get("labels") is None:
+        yield
+        return
+    trainer.label_smoother = lambda outputs, labels: smoother(outputs, labels_in_loss(trainer._prepare_inputs(inputs)))
+    try:
+        yield
+    finally:
+        trainer.label_smoother = smoother
 
 
 def _for_generation(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
