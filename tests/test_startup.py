@@ -138,8 +138,8 @@ sys.meta_path += [Nothing()]
     assert (result.stdout, result.stderr) == (ACTIVATED, "")
 
 
-#: Puts a finder in front of ours, whose loader is of the given shape. `put()` around ours, as mlflow does; `put_below()`
-#: around the file's own, so that ours is around it; `answer()` in place of ours, as typeguard and jaxtyping do.
+#: Finders whose loaders are of a given shape: `put()` puts theirs around ours, as mlflow does; `put_below()` around
+#: the file's own, so that ours is around theirs; `answer()` in place of ours, as typeguard and jaxtyping do.
 STAND_INS = """
 import importlib.util, sys
 from importlib.machinery import PathFinder, SourceFileLoader
