@@ -98,6 +98,8 @@ def disable() -> None:
         _activated_by, _why_inactive = None, "hf_packfix.disable() was called"
         for patch in reversed(_patches()):
             patch.take_off()
+        for patch in _first_uses():
+            patch.take_off()
 
 
 def is_enabled() -> bool:
@@ -106,6 +108,7 @@ def is_enabled() -> bool:
     Read from the patched objects, not from memory alone: False where somebody has put an original back.
     """
     with _locked():
+        _apply_pending()
         return _activated_by is not None and not any(patch.overwritten() for patch in _patches())
 
 
@@ -190,6 +193,12 @@ def module_loaded(module: ModuleType) -> None:
     _catch_up()
 
 
+def _trainer_is_used() -> None:
+    """Put on the patches of modules whose import hook never ran; like :func:`module_loaded`, never waits or raises."""
+    _loaded.append("")
+    _catch_up()
+
+
 @contextmanager
 def _locked() -> Iterator[None]:
     try:
@@ -212,26 +221,51 @@ def _catch_up() -> None:
 
 
 def _put_on_loaded(name: str) -> None:
+    """Put on the patches of a module whose import hook has just run, and those that :func:`_apply_pending` does."""
     global _torch_is_loaded
     # While torch is being imported, modules of its own among them, no probe can tell anything: its hook comes last.
-    _torch_is_loaded = _torch_is_loaded or name == "torch" or _is_complete("torch")
+    _torch_is_loaded = _torch_is_loaded or name == "torch"
+    _apply_pending(name)
+
+
+def _apply_pending(name: str = "") -> None:
+    """Put on the patches of every loaded module that still has some: not every import hook runs.
+
+    A finder that somebody put in front of wrapt's may load a module by itself, as that of comet_ml does for torch, and
+    those of typeguard and jaxtyping for the modules that one names. Never raises; the lock is the caller's.
+
+    Args:
+        name: of a module that is loaded to its end though the import system is not through with it.
+    """
+    global _torch_is_loaded
+    _torch_is_loaded = _torch_is_loaded or _is_complete("torch")
     if _activated_by is None or not _torch_is_loaded:
         return
     try:
         due = [
             patch
             for patch in _patches()
-            if patch.module == name or (name == "torch" and not _is_half_imported(patch.module))
+            if patch.module == name
+            or (patch.pending and _is_complete(patch.module))
+            or (name == "torch" and not _is_half_imported(patch.module))
         ]
         # What is applied was put on a moment ago, by `enable()`, which asks for the hooks of loaded modules as well.
-        _put_on(patch for patch in due if patch.status(True).state != "applied")
+        due = [patch for patch in due if patch.status(True).state != "applied"]
+        if due:
+            _put_on(due)
+        waiting = any(patch.pending for patch in _patches())
+        for patch in _first_uses():
+            if waiting and (patch.module == name or _is_complete(patch.module)):
+                patch.put_on()
+            elif not waiting:
+                patch.take_off()
     except Exception as error:
-        logger.debug("could not patch %s", name, exc_info=True)
+        logger.debug("could not patch %s", name or "what is pending", exc_info=True)
         # Once: what is wrong with us fails in the hook of every module.
         if repr(error) not in _failures:
             _failures.add(repr(error))
             message = " ".join(str(error).split())
-            _log_warning(f"hf_packfix could not patch {name}: {type(error).__name__}: {message}")
+            _log_warning(f"hf_packfix could not patch {name or 'what is pending'}: {type(error).__name__}: {message}")
 
 
 def _is_complete(name: str) -> bool:
@@ -272,6 +306,7 @@ def _enable(activated_by: str, *, force: bool, tell: Callable[[str], None] | Non
         _activated_by = _activated_by or activated_by
         if "torch" in sys.modules:
             _put_on([patch for patch in _patches() if not _is_half_imported(patch.module)])
+            _apply_pending()
         _hooked.update(modules)
     # Outside the lock, since wrapt takes its own and calls back for a module imported meanwhile.
     for name in modules:
@@ -352,3 +387,10 @@ def _patches() -> tuple[Patch, ...]:
     from hf_packfix.patches import PATCHES
 
     return PATCHES
+
+
+def _first_uses() -> tuple[Patch, ...]:
+    from hf_packfix.patches import first_use
+
+    first_use.before = _trainer_is_used
+    return first_use.PATCHES

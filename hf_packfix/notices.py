@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from types import FrameType
 
 __all__ = ["HFPackfixWarning", "is_main_process", "warn_once"]
 
 _warned: set[str] = set()
+
+#: Packages whose code runs between a line of the user's and a warning: ours, those that call our import hooks, and
+#: those that we patch.
+_BETWEEN = {"hf_packfix", "_hf_packfix_boot", "importlib", "wrapt", "transformers", "accelerate", "torch"}
 
 
 class HFPackfixWarning(UserWarning):
@@ -16,7 +21,7 @@ class HFPackfixWarning(UserWarning):
 
 
 def warn_once(message: str, *, cause: str | None = None) -> None:
-    """Warn with an :class:`HFPackfixWarning` that points at the first caller outside this package.
+    """Warn with an :class:`HFPackfixWarning` that points at the user's own line.
 
     Says nothing in a distributed run's other processes.
 
@@ -36,8 +41,20 @@ def is_main_process() -> bool:
 
 
 def _stacklevel() -> int:
-    """Return the stack level of the first frame outside this package, seen from ``warn_once``."""
+    """Return the stack level of the first frame that is the user's own, seen from ``warn_once``."""
     level, frame = 2, sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("hf_packfix", "importlib")):
-        level, frame = level + 1, frame.f_back
+    while frame.f_back is not None and _package(frame) in _BETWEEN:
+        frame = frame.f_back
+        # `warnings.warn` leaves out these frames when it counts.
+        level += not _is_import_machinery(frame)
     return level
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]
+
+
+def _is_import_machinery(frame: FrameType) -> bool:
+    """Return what ``warnings._is_internal_frame`` does."""
+    file = frame.f_code.co_filename
+    return "importlib" in file and "_bootstrap" in file

@@ -361,6 +361,16 @@ def test_warnings_point_at_the_caller(monkeypatch):
     assert caught[0].filename == __file__
 
 
+def test_a_module_whose_name_begins_like_ours_is_a_caller(monkeypatch):
+    monkeypatch.setenv("HF_PACKFIX", "off")
+    monkeypatch.setattr("hf_packfix.notices._warned", set())
+    code = compile("hf_packfix.enable()", "theirs.py", "exec")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exec(code, {"hf_packfix": hf_packfix, "__name__": "hf_packfix_examples"})
+    assert caught[0].filename == "theirs.py"
+
+
 def test_a_patched_trainer_can_be_copied_and_inspected():
     import copy
     import inspect

@@ -224,6 +224,24 @@ def test_warnings_as_errors_never_break_a_program(tmp_path, name, automatic):
     variables = {"HF_PACKFIX": "1"} if automatic else {}
     if automatic:  # what the start-up files do
         code = f"import _hf_packfix_boot; _hf_packfix_boot.start(); {code}"
-    done = run(tmp_path, FUTURES[name], code, "-W", "error::UserWarning", **variables)
+    done = run(tmp_path, FUTURES[name], code, "-W", "error", **variables)
     assert (done.returncode, done.stdout) == (0, "ran True\n"), done.stderr
     assert ("hf_packfix" in done.stderr) == bool(FUTURES[name].warnings), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "line"),
+    [
+        ("import transformers.trainer, importlib\nimportlib.import_module('hf_packfix')", 2),
+        ("import torch, hf_packfix\nfrom transformers import Trainer", 2),
+        ("import hf_packfix, transformers.trainer\nhf_packfix.disable()\nhf_packfix.enable()", 1),
+    ],
+)
+def test_a_warning_points_at_the_line_of_the_user(tmp_path, program, line):
+    path = tmp_path / "program.py"
+    path.write_text(program)
+    done = run(
+        tmp_path, FUTURES["a parameter added to _prepare_input"], f"import runpy; runpy.run_path({str(path)!r})"
+    )
+    (warning,) = [text for text in done.stderr.splitlines() if "HFPackfixWarning" in text]
+    assert warning.startswith(f"{path}:{line}: HFPackfixWarning: ")

@@ -157,6 +157,116 @@ sys.meta_path += [Nothing()]
     assert (result.stdout, result.stderr) == (ACTIVATED, "")
 
 
+#: Finders whose loaders are of a given shape: `put()` puts theirs around ours, as mlflow does; `put_below()` around
+#: the file's own, so that ours is around theirs; `answer()` in place of ours, as typeguard and jaxtyping do.
+STAND_INS = """
+import importlib.util, sys
+from importlib.machinery import PathFinder, SourceFileLoader
+class Finder:
+    def __init__(self, shape, find): self.shape, self.find, self.asking = shape, find, False
+    def find_spec(self, name, path=None, target=None):
+        if name != "transformers" or self.asking: return None
+        self.asking = True
+        try: spec = self.find(name, path, target)
+        finally: self.asking = False
+        spec.loader = self.shape(spec.loader)
+        return spec
+def put(shape): sys.meta_path.insert(0, Finder(shape, lambda name, *_: importlib.util.find_spec(name)))
+def put_below(shape): sys.meta_path.insert(1, Finder(shape, PathFinder.find_spec))
+def answer(shape): sys.meta_path.insert(0, Finder(shape, PathFinder.find_spec))
+class Around:
+    def __init__(self, loader): self.loader = loader
+class LoadModule(Around):
+    def load_module(self, name): return self.loader.load_module(name)
+class ExecModule(Around):
+    def create_module(self, spec): return self.loader.create_module(spec)
+    def exec_module(self, module): self.loader.exec_module(module)
+class All(LoadModule, ExecModule): pass
+class Delegates(Around):
+    def __getattr__(self, name): return getattr(self.loader, name)
+class Slots:
+    __slots__ = ("loader", "load_module")
+    def __init__(self, loader): self.load_module = loader.load_module
+class GetsCode(Around):
+    def create_module(self, spec): return None
+    def exec_module(self, module): exec(self.loader.get_code(module.__name__), vars(module))
+class OfAnotherFile(SourceFileLoader):
+    def __init__(self, loader): super().__init__(loader.name, loader.path)
+"""
+#: Those that run the module without a method of ours: the package comes before the next module.
+LATE = ("GetsCode", "OfAnotherFile")
+
+
+@pytest.mark.parametrize("where", ["put", "put_below", "answer"])
+@pytest.mark.parametrize("shape", ["LoadModule", "ExecModule", "All", "Delegates", "Slots", *LATE])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_loaders_of_every_shape(environment, shape, where):
+    result = environment.run("-c", f"{STAND_INS}\n{where}({shape})\n{USES}", variable="1")
+    first, rest = result.stdout.split("\n", 1)
+    late = where == "answer" or (where == "put" and shape in LATE)
+    order = ["transformers", "hf_packfix"] if late else ["hf_packfix", "transformers"]
+    assert first.startswith(f"False {order} "), result.stdout + result.stderr
+    assert rest == "[]\n"
+    assert "_Loader" not in first.split()  # ours is gone
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_loaders_fail_as_without_us(environment):
+    code = (
+        STAND_INS
+        + """
+class NoCreateModule(Around):
+    def exec_module(self, module): self.loader.exec_module(module)
+class Neither(Around): pass
+class Raises(Around):
+    def load_module(self, name): raise ImportError("theirs")
+def outcome():
+    for where in (put, put_below, answer):
+        for shape in (NoCreateModule, Neither, Raises):
+            before = list(sys.meta_path)
+            where(shape)
+            try: import transformers
+            except Exception as error: print(type(error).__name__, error)
+            else: print("loaded")
+            sys.meta_path[:] = before
+            sys.modules.pop("transformers", None)
+outcome()
+"""
+    )
+    with_us, without = (environment.run("-c", code, variable=variable) for variable in ("1", None))
+    assert with_us.stdout == without.stdout
+    assert "theirs" in with_us.stdout
+
+
+def test_a_program_that_imports_the_package_after_a_finder_in_front(environment):
+    result = environment.run("-c", f"{STAND_INS}\nanswer(OfAnotherFile)\nimport hf_packfix\n{USES}", variable="1")
+    assert result.stdout.startswith("True ['hf_packfix', 'transformers'] "), result.stderr
+    assert (result.stdout.splitlines()[-1], result.stderr) == ("[]", "")
+
+
+def test_a_spec_that_takes_no_loader(environment):
+    code = """
+import importlib.machinery, sys
+class Spec(importlib.machinery.ModuleSpec):
+    def __setattr__(self, name, value):
+        if name == "loader" and hasattr(self, "loader"): raise AttributeError("read only")
+        super().__setattr__(name, value)
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name != "transformers": return None
+        found = importlib.machinery.PathFinder.find_spec(name, path)
+        spec = Spec(name, found.loader, origin=found.origin, is_package=True)
+        spec.submodule_search_locations = found.submodule_search_locations
+        return spec
+sys.meta_path.append(Finder())
+sys.meta_path.remove(importlib.machinery.PathFinder)
+sys.meta_path.append(importlib.machinery.PathFinder)
+"""
+    result = environment.run("-c", code + USES, variable="1")
+    assert result.stdout.startswith("False ['transformers', 'hf_packfix'] "), result.stderr
+    assert (result.stdout.splitlines()[-1], result.stderr) == ("[]", "")
+
+
 def test_without_transformers(environment):
     code = """
 try:

@@ -27,8 +27,8 @@ class PatchStatus:
     Attributes:
         target: ``module:path`` of what is wrapped.
         reason: why, in a line.
-        state: ``applied``; ``pending`` (the module is not loaded yet); ``not-needed`` (upstream handles
-            PackedSequence there); ``not-applicable`` (this version has no such place); ``refused`` (the
+        state: ``applied``; ``pending`` (the module is not loaded yet, or torch is not); ``not-needed`` (upstream
+            handles PackedSequence there); ``not-applicable`` (this version has no such place); ``refused`` (the
             target is not what it was when the patch was written); ``off`` (hf_packfix is not enabled).
         detail: more on the state, such as the reason of a refusal; may be empty.
     """
@@ -121,6 +121,11 @@ class Patch:
         begun = self.since is None or release >= Version(self.since)
         return begun and (self.until is None or release < Version(self.until))
 
+    @property
+    def pending(self) -> bool:
+        """Whether the target was not looked at yet, since its module was not loaded."""
+        return self._verdict[0] == "pending"
+
     def put_on(self) -> None:
         """Wrap the target, unless it is wrapped, absent, changed, or right as it is."""
         self._verdict = self._try_on()
@@ -137,6 +142,8 @@ class Patch:
         if not enabled:
             return PatchStatus(self.target, self.reason, "off")
         state, detail = self._verdict
+        if state == "pending" and self.module in sys.modules:
+            detail = "waits for torch, or for the end of the module's import"
         current = self._current()
         if self.overwritten():
             state = "refused"

@@ -59,7 +59,9 @@ def start() -> None:
 class _WaitForTransformers:
     """A finder that has the package imported right before ``transformers`` runs, and then is gone.
 
-    Looking for transformers, as ``importlib.util.find_spec`` does, is not importing it: hence the loader.
+    Looking for transformers, as ``importlib.util.find_spec`` does, is not importing it: hence the loader. A finder
+    that was put in front of this one may load transformers by itself (the import hooks of typeguard and jaxtyping do):
+    then the package is imported right before the next module that comes by here.
     """
 
     def __init__(self) -> None:
@@ -67,7 +69,7 @@ class _WaitForTransformers:
 
     def find_spec(self, fullname: str, path: "Any" = None, target: "Any" = None) -> "Any":
         thread = get_ident()
-        if fullname != "transformers" or thread in self._searching:
+        if (fullname != "transformers" and "transformers" not in sys.modules) or thread in self._searching:
             return None
         self._searching.add(thread)
         try:
@@ -75,8 +77,7 @@ class _WaitForTransformers:
                 find_spec = getattr(finder, "find_spec", None)
                 spec = None if find_spec is None else find_spec(fullname, path, target)
                 if spec is not None:
-                    if hasattr(spec.loader, "exec_module"):
-                        spec.loader = _Loader(spec.loader, self)
+                    _Loader.around(spec, self)
                     return spec
             return None
         finally:
@@ -84,26 +85,62 @@ class _WaitForTransformers:
 
 
 class _Loader:
-    """The loader of ``transformers``, with the activation before its first line; leaves no trace of itself."""
+    """A loader with the activation before the module's first line; leaves no trace of itself.
 
-    def __init__(self, loader: "Any", finder: _WaitForTransformers) -> None:
-        self._loader = loader
+    It has the methods of the loader that it wraps, and no others: the import system, and loaders that were put around
+    this one, decide by them how to load (mlflow's calls ``load_module`` of whatever it finds).
+    """
+
+    def __init__(self, spec: "Any", finder: _WaitForTransformers) -> None:
+        self._loader = spec.loader
+        self._spec = spec
         self._finder = finder
 
+    @classmethod
+    def around(cls, spec: "Any", finder: _WaitForTransformers) -> None:
+        """Put one in the place of a spec's loader, where there is a loader and it can be replaced."""
+        # A folder without an `__init__.py` has no loader yet.
+        if getattr(spec, "loader", None) is not None:
+            try:  # noqa: SIM105 (contextlib is not loaded at the start of an interpreter)
+                spec.loader = cls(spec, finder)
+            except Exception:
+                pass  # a spec of a kind of its own: the next module will do
+
     def __getattr__(self, name: str) -> "Any":
-        if name == "_loader":  # while a copy is being made, there is nothing to delegate to yet
+        if name in ("_loader", "_spec", "_finder"):  # while a copy is being made, there is nothing to delegate to yet
             raise AttributeError(name)
-        return getattr(self._loader, name)
+        value = getattr(self._loader, name)
+        if name == "exec_module":
+            return self._exec_module
+        if name == "load_module":
+            return self._load_module
+        return value
 
-    def create_module(self, spec: "Any") -> "Any":
-        return self._loader.create_module(spec)
+    def _exec_module(self, module: "Any") -> None:
+        self._withdraw(module)
+        self._activate_once()
+        self._loader.exec_module(module)
 
-    def exec_module(self, module: "Any") -> None:
-        module.__spec__.loader = module.__loader__ = self._loader
+    def _load_module(self, fullname: str) -> "Any":
+        self._withdraw(None)
+        self._activate_once()
+        return self._loader.load_module(fullname)
+
+    def _withdraw(self, module: "Any") -> None:
+        """Put the wrapped loader back, unless somebody has put another there."""
+        for owner, name in ((self._spec, "loader"), (module, "__loader__")):
+            if getattr(owner, name, None) is self:
+                try:  # noqa: SIM105
+                    setattr(owner, name, self._loader)
+                except Exception:
+                    pass  # a module of a kind of its own
+
+    def _activate_once(self) -> None:
         if self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)
-            _activate()
-        self._loader.exec_module(module)
+            # Imported, or being imported, by the program itself.
+            if "hf_packfix" not in sys.modules:
+                _activate()
 
 
 def _activate() -> None:
