@@ -1,0 +1,183 @@
+"""One layer and direction of a GRU over a packed sequence, with a backward through time of its own.
+
+Shapes: B sequences, N rows, m rows in a chunk, b in a step, D inputs, H hidden units. Four columns of width H belong
+to a row: the hidden part of the new gate, the reset gate, the update gate, the new gate. So the hidden product fills
+the first three, and the input's product the last three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_packfix.rnn.recompute import must_be_recorded, recorded_gradients
+from hf_packfix.rnn.schedule import Schedule
+from hf_packfix.rnn.steps import (
+    WeightGradients,
+    buffer_rows,
+    chunk_rows,
+    final_rows,
+    resized,
+    rolled,
+    started,
+    states_before,
+    step_views,
+)
+
+__all__ = ["GRUFunction", "infer"]
+
+
+class GRUFunction(torch.autograd.Function):
+    """``apply(data, h_0, weight_ih, weight_hh, bias_ih, bias_hh, schedule, reverse)``.
+
+    Inputs: ``[N, D]``, ``[B, H]``, ``[3H, D]``, ``[3H, H]``, ``[3H]`` twice or None. Returns the outputs ``[N, H]``
+    and the final state ``[B, H]``, both in sorted order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        *inputs, schedule, reverse = arguments
+        ctx.schedule, ctx.reverse = schedule, reverse
+        ctx.set_materialize_grads(False)
+        output, final, gates = _forward(data, inputs, schedule, reverse, keep=True)
+        ctx.save_for_backward(data, *inputs, output, gates)
+        return output, final
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, output, gates = ctx.saved_tensors
+        schedule, reverse, needed = ctx.schedule, ctx.reverse, ctx.needs_input_grad
+        if must_be_recorded(gradients):
+            found = recorded_gradients("GRU", schedule, reverse, inputs, needed[:6], gradients)
+        else:
+            found = _backward(schedule, reverse, inputs, needed, gradients, output, gates)
+        return *found, None, None
+
+
+def infer(data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Return what ``GRUFunction.apply`` does, and keep nothing for a backward."""
+    *inputs, schedule, reverse = arguments
+    return _forward(data, inputs, schedule, reverse, keep=False)[:2]
+
+
+def _forward(
+    data: Tensor, inputs: Sequence[Any], schedule: Schedule, reverse: bool, *, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the outputs, the final state, and the four columns ``[N, 4H]`` if kept."""
+    hidden_0, weight_ih, weight_hh, bias_ih, bias_hh = inputs
+    width = weight_hh.shape[1]
+    sigmoids = 3 * width
+    input_weight, hidden_weight = weight_ih.t(), rolled(weight_hh, width).t()
+    bias: Tensor | None = None
+    if bias_ih is not None:
+        bias = bias_ih.clone()
+        bias[: 2 * width] += bias_hh[: 2 * width]
+    rows = chunk_rows(data, 4 * width)
+    gates = data.new_empty(schedule.rows if keep else buffer_rows(schedule, rows), 4 * width)
+    output = data.new_empty(schedule.rows, width)
+    size, hidden = 0, hidden_0[:0]
+    for chunk in schedule.chunks(rows, backwards=reverse):
+        part = slice(chunk.start, chunk.stop) if keep else slice(0, chunk.stop - chunk.start)
+        pieces = (
+            gates[part, :sigmoids],
+            gates[part, width:sigmoids],
+            gates[part, :width],
+            gates[part, width : 2 * width],
+            gates[part, 2 * width : sigmoids],
+            gates[part, sigmoids:],
+            output[chunk.start : chunk.stop],
+        )
+        if bias is None:
+            pieces[2].zero_()
+            torch.mm(data[chunk.start : chunk.stop], input_weight, out=gates[part, width:])
+        else:
+            pieces[2].copy_(bias_hh[2 * width :])
+            torch.addmm(bias, data[chunk.start : chunk.stop], input_weight, out=gates[part, width:])
+        steps = zip(*(step_views(chunk, piece, backwards=reverse) for piece in pieces), strict=True)
+        for hidden_product, sigmoid, hidden_new, reset, update, new, new_hidden in steps:
+            if len(new_hidden) != size:
+                size = len(new_hidden)
+                hidden = resized(hidden, hidden_0, size)
+            hidden_product.addmm_(hidden, hidden_weight)
+            sigmoid.sigmoid_()
+            new.addcmul_(reset, hidden_new).tanh_()
+            torch.lerp(new, hidden, update, out=new_hidden)
+            hidden = new_hidden
+    return output, output.index_select(0, final_rows(schedule, reverse)), gates
+
+
+def _backward(
+    schedule: Schedule,
+    reverse: bool,
+    inputs: Sequence[Any],
+    needed: Sequence[bool],
+    gradients: Sequence[Tensor | None],
+    output: Tensor,
+    gates: Tensor,
+) -> list[Tensor | None]:
+    """Return the gradients of data, state, weights and biases; None if not needed."""
+    data, hidden_0, weight_ih, weight_hh, *_ = inputs
+    of_output, of_hidden = gradients
+    width = weight_hh.shape[1]
+    hidden_weight = rolled(weight_hh, width)
+    rows = chunk_rows(data, 4 * width)
+    buffered = buffer_rows(schedule, rows)
+    factors, before_buffer = data.new_empty(buffered, 4 * width), data.new_empty(buffered, width)
+    of_data = torch.empty_like(data) if needed[0] else None
+    weights = WeightGradients(needed[2:6])
+    # The gradient of the state between two steps, of all ranks; a step works on the first b of them.
+    all_hidden = started(of_hidden, hidden_0)
+    size = 0
+    hidden = hidden_of_gates = all_hidden
+    for chunk in schedule.chunks(rows, backwards=not reverse):
+        count = chunk.stop - chunk.start
+        before = states_before(output, hidden_0, schedule, reverse, chunk, before_buffer)
+        piece = factors[:count]
+        update = _factors(gates[chunk.start : chunk.stop], before, piece)
+        pieces = [piece.view(count, 4, width), piece[:, : 3 * width], update]
+        if of_output is not None:
+            pieces.append(of_output[chunk.start : chunk.stop])
+        steps = zip(*(step_views(chunk, value, backwards=not reverse) for value in pieces), strict=True)
+        for all_gates, hidden_product, kept, *of_step in steps:
+            if len(kept) != size:
+                size = len(kept)
+                hidden = all_hidden[:size]
+                hidden_of_gates = hidden.unsqueeze(1)
+            if of_step:
+                hidden.add_(of_step[0])
+            all_gates.mul_(hidden_of_gates)
+            hidden.mul_(kept).addmm_(hidden_product, hidden_weight)
+        weights.add(piece[:, width:], piece[:, : 3 * width], piece, data[chunk.start : chunk.stop], before)
+        if of_data is not None:
+            torch.mm(piece[:, width:], weight_ih, out=of_data[chunk.start : chunk.stop])
+    ih, hh, bias = weights
+    return [
+        of_data,
+        all_hidden if needed[1] else None,
+        ih,
+        None if hh is None else rolled(hh, 2 * width),
+        bias[width:] if needed[4] and bias is not None else None,
+        rolled(bias[: 3 * width], 2 * width) if needed[5] and bias is not None else None,
+    ]
+
+
+def _factors(gates: Tensor, before: Tensor, factors: Tensor) -> Tensor:
+    """Write what the state's gradient is multiplied by for the four columns ``[m, 4H]``; return the update gate."""
+    width = before.shape[1]
+    hidden_new, reset, update, new = gates.split(width, 1)
+    hidden_factor, reset_factor, update_factor, new_factor = factors.split(width, 1)
+    sigmoids = gates[:, width : 3 * width]
+    # (1 - new²) (1 - update)
+    torch.mul(new, new, out=new_factor)
+    new_factor.neg_().add_(1)
+    new_factor.addcmul_(new_factor, update, value=-1)
+    # The new gate's, times reset, is that of its hidden part.
+    torch.mul(new_factor, reset, out=hidden_factor)
+    torch.addcmul(sigmoids, sigmoids, sigmoids, value=-1, out=factors[:, width : 3 * width])
+    reset_factor.mul_(hidden_new).mul_(new_factor)
+    before_less_new = torch.sub(before, new)
+    update_factor.mul_(before_less_new)
+    return update

@@ -1,0 +1,150 @@
+"""What the three kinds of layers share: chunks of rows, states across steps, weight gradients.
+
+Shapes: B sequences, N rows, m rows in a chunk, D inputs, H hidden units, K columns of the hidden product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hf_packfix.rnn.schedule import Chunk, Schedule
+
+__all__ = [
+    "WeightGradients",
+    "buffer_rows",
+    "chunk_rows",
+    "final_rows",
+    "put_finals",
+    "resized",
+    "rolled",
+    "started",
+    "states_before",
+    "step_views",
+]
+
+#: Bytes of a chunk's widest buffer: half of it and the chunk's other buffers stay in a second-level cache.
+_CHUNK_BYTES = 1 << 20
+#: With fewer rows a matrix product for the weight gradients is no longer at full speed.
+_FEWEST_ROWS = 256
+
+
+def chunk_rows(like: Tensor, width: int) -> int:
+    """Return how many rows of ``width`` values a chunk has."""
+    return max(_FEWEST_ROWS, _CHUNK_BYTES // (width * like.element_size()))
+
+
+def buffer_rows(schedule: Schedule, rows: int) -> int:
+    """Return the rows of a buffer that holds any chunk of ``rows``: a chunk ends with the step that reaches it."""
+    return min(schedule.rows, rows + schedule.sequences)
+
+
+def step_views(chunk: Chunk, tensor: Tensor, *, backwards: bool) -> Sequence[Tensor]:
+    """Return the rows ``[b, *]`` of every step of a chunk ``[m, *]``, from the last step on if ``backwards``."""
+    views: tuple[Tensor, ...] = tensor.split(chunk.sizes)
+    return views[::-1] if backwards else views
+
+
+def resized(state: Tensor, start: Tensor, size: int) -> Tensor:
+    """Return the state ``[size, H]`` that a step begins from, from the one ``[b, H]`` that the step before ended in.
+
+    Ranks from b on begin here, from ``start`` ``[B, H]``; those from ``size`` on have ended.
+    """
+    found = len(state)
+    if found >= size:
+        return state[:size]
+    return torch.cat((state, start[found:size])) if found else start[:size]
+
+
+def started(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """Return the gradient of the final states, to be added to; zeros if there is none."""
+    return torch.zeros_like(like) if gradient is None else gradient.clone(memory_format=torch.contiguous_format)
+
+
+def rolled(weight: Tensor, hidden: int) -> Tensor:
+    """Return the rows ``[K]`` or ``[K, *]`` with the last H of them first."""
+    return torch.cat((weight[-hidden:], weight[:-hidden]))
+
+
+def final_rows(schedule: Schedule, reverse: bool) -> Tensor:
+    """Return the row in which each rank's state is final: int64 ``[B]``."""
+    return schedule.first_rows if reverse else schedule.last_rows
+
+
+def put_finals(finals: Tensor, schedule: Schedule, reverse: bool, chunk: Chunk, states: Tensor) -> None:
+    """Write the states of a chunk ``[m, H]`` that are final into ``finals`` ``[B, H]``."""
+    rows = final_rows(schedule, reverse)
+    ranks = _ranks_in(chunk, rows)
+    finals.index_copy_(0, ranks, states.index_select(0, rows[ranks] - chunk.start))
+
+
+def states_before(
+    states: Tensor, start: Tensor, schedule: Schedule, reverse: bool, chunk: Chunk, buffer: Tensor
+) -> Tensor:
+    """Return the state ``[m, H]`` that every row of a chunk began from, in ``buffer``.
+
+    Args:
+        states: the state after every row, ``[N, H]``.
+        start: the initial state of every rank, ``[B, H]``.
+        schedule: the packing.
+        reverse: whether the layer runs from the last step to the first.
+        chunk: the rows asked for.
+        buffer: ``[m or more, H]``.
+    """
+    before = schedule.rows_after if reverse else schedule.rows_before
+    result = buffer[: chunk.stop - chunk.start]
+    torch.index_select(states, 0, before[chunk.start : chunk.stop], out=result)
+    rows = final_rows(schedule, not reverse)
+    ranks = _ranks_in(chunk, rows)
+    if ranks.numel():
+        result.index_copy_(0, rows[ranks] - chunk.start, start.index_select(0, ranks))
+    return result
+
+
+def _ranks_in(chunk: Chunk, rows: Tensor) -> Tensor:
+    """Return the ranks whose row lies in a chunk."""
+    return ((rows >= chunk.start) & (rows < chunk.stop)).nonzero().squeeze(1)
+
+
+class WeightGradients:
+    """The gradients of the weights and biases of one layer and direction, summed over chunks.
+
+    Attributes:
+        ih: of ``weight_ih``, ``[*, D]``; None before the first chunk, and if not asked for. The same for the others.
+        hh: of ``weight_hh``, ``[*, H]``.
+        bias: the sum of the factors over all rows.
+    """
+
+    def __init__(self, needed: Sequence[bool]) -> None:
+        self._ih, self._hh, *biases = needed
+        self._bias = any(biases)
+        self.ih: Tensor | None = None
+        self.hh: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        return iter((self.ih, self.hh, self.bias))
+
+    def add(self, for_input: Tensor, for_hidden: Tensor, both: Tensor, data: Tensor, before: Tensor) -> None:
+        """Add a chunk.
+
+        Args:
+            for_input: gradients of what the input's product was added to, ``[m, *]``.
+            for_hidden: the same for the hidden product.
+            both: gradients of all columns, for the biases.
+            data: the inputs, ``[m, D]``.
+            before: the states that the rows began from, ``[m, H]``.
+        """
+        if self._ih:
+            self.ih = _add_product(self.ih, for_input, data)
+        if self._hh:
+            self.hh = _add_product(self.hh, for_hidden, before)
+        if self._bias:
+            total = both.sum(0)
+            self.bias = total if self.bias is None else self.bias.add_(total)
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return left.t() @ right if total is None else total.addmm_(left.t(), right)
