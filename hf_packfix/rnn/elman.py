@@ -18,13 +18,14 @@ from hf_packfix.rnn.steps import (
     buffer_rows,
     chunk_rows,
     final_rows,
+    project,
     resized,
     started,
     states_before,
-    step_views,
+    steps_of,
 )
 
-__all__ = ["ElmanFunction", "infer"]
+__all__ = ["ElmanFunction"]
 
 
 class ElmanFunction(torch.autograd.Function):
@@ -36,6 +37,7 @@ class ElmanFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        """Run the layer."""
         *inputs, schedule, reverse, mode = arguments
         ctx.schedule, ctx.reverse, ctx.mode = schedule, reverse, mode
         ctx.set_materialize_grads(False)
@@ -45,6 +47,7 @@ class ElmanFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of all inputs."""
         *inputs, output = ctx.saved_tensors
         schedule, reverse, mode, needed = ctx.schedule, ctx.reverse, ctx.mode, ctx.needs_input_grad
         if must_be_recorded(gradients):
@@ -52,12 +55,6 @@ class ElmanFunction(torch.autograd.Function):
         else:
             found = _backward(schedule, reverse, mode, inputs, needed, gradients, output)
         return *found, None, None, None
-
-
-def infer(data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Return what ``ElmanFunction.apply`` does, and keep nothing for a backward."""
-    *inputs, schedule, reverse, mode = arguments
-    return _forward(data, inputs, schedule, reverse, mode)
 
 
 def _forward(
@@ -70,17 +67,14 @@ def _forward(
     input_weight, hidden_weight = weight_ih.t(), weight_hh.t()
     bias = None if bias_ih is None else bias_ih + bias_hh
     output = data.new_empty(schedule.rows, width)
-    size, hidden = 0, hidden_0[:0]
+    size, hidden = 0, hidden_0
     for chunk in schedule.chunks(chunk_rows(data, width), backwards=reverse):
-        piece = output[chunk.start : chunk.stop]
-        if bias is None:
-            torch.mm(data[chunk.start : chunk.stop], input_weight, out=piece)
-        else:
-            torch.addmm(bias, data[chunk.start : chunk.stop], input_weight, out=piece)
-        for new_hidden in step_views(chunk, piece, backwards=reverse):
-            if len(new_hidden) != size:
-                size = len(new_hidden)
-                hidden = resized(hidden, hidden_0, size)
+        rows = slice(chunk.start, chunk.stop)
+        project(data[rows], input_weight, bias, output[rows])
+        for step, new_hidden in steps_of(chunk, [output[rows]], backwards=reverse):
+            if step != size:
+                hidden = resized(hidden, hidden_0, size, step)
+                size = step
             activate(new_hidden.addmm_(hidden, hidden_weight))
             hidden = new_hidden
     return output, output.index_select(0, final_rows(schedule, reverse))
@@ -99,37 +93,34 @@ def _backward(
     data, hidden_0, weight_ih, weight_hh, *_ = inputs
     of_output, of_hidden = gradients
     width = weight_hh.shape[1]
-    rows = chunk_rows(data, width)
-    buffered = buffer_rows(schedule, rows)
+    most = chunk_rows(data, width)
+    buffered = buffer_rows(schedule, most)
     factors, before_buffer = data.new_empty(buffered, width), data.new_empty(buffered, width)
     of_data = torch.empty_like(data) if needed[0] else None
     weights = WeightGradients(needed[2:6])
     # The gradient of the state between two steps, of all ranks; a step works on the first b of them.
     all_hidden = started(of_hidden, hidden_0)
-    size = 0
-    hidden = all_hidden
-    for chunk in schedule.chunks(rows, backwards=not reverse):
+    size, hidden = 0, all_hidden
+    for chunk in schedule.chunks(most, backwards=not reverse):
+        rows = slice(chunk.start, chunk.stop)
         piece = factors[: chunk.stop - chunk.start]
-        states = output[chunk.start : chunk.stop]
         if mode == "RNN_TANH":
-            torch.mul(states, states, out=piece)
+            torch.mul(output[rows], output[rows], out=piece)
             piece.neg_().add_(1)
         else:
-            torch.gt(states, 0, out=piece)
-        pieces = [piece] if of_output is None else [piece, of_output[chunk.start : chunk.stop]]
-        steps = zip(*(step_views(chunk, value, backwards=not reverse) for value in pieces), strict=True)
-        for factor, *of_step in steps:
-            if len(factor) != size:
-                size = len(factor)
-                hidden = all_hidden[:size]
-            if of_step:
-                hidden.add_(of_step[0])
+            torch.gt(output[rows], 0, out=piece)
+        views = (piece, piece if of_output is None else of_output[rows])
+        for step, factor, of_step in steps_of(chunk, views, backwards=not reverse):
+            if step != size:
+                size, hidden = step, all_hidden[:step]
+            if of_output is not None:
+                hidden.add_(of_step)
             factor.mul_(hidden)
             torch.mm(factor, weight_hh, out=hidden)
         before = states_before(output, hidden_0, schedule, reverse, chunk, before_buffer)
-        weights.add(piece, piece, piece, data[chunk.start : chunk.stop], before)
+        weights.add(piece, piece, piece, data[rows], before)
         if of_data is not None:
-            torch.mm(piece, weight_ih, out=of_data[chunk.start : chunk.stop])
+            torch.mm(piece, weight_ih, out=of_data[rows])
     ih, hh, bias = weights
     return [
         of_data,

@@ -20,14 +20,15 @@ from hf_packfix.rnn.steps import (
     buffer_rows,
     chunk_rows,
     final_rows,
+    project,
     resized,
     rolled,
     started,
     states_before,
-    step_views,
+    steps_of,
 )
 
-__all__ = ["GRUFunction", "infer"]
+__all__ = ["GRUFunction"]
 
 
 class GRUFunction(torch.autograd.Function):
@@ -39,15 +40,17 @@ class GRUFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        """Run the layer."""
         *inputs, schedule, reverse = arguments
         ctx.schedule, ctx.reverse = schedule, reverse
         ctx.set_materialize_grads(False)
-        output, final, gates = _forward(data, inputs, schedule, reverse, keep=True)
+        output, final, gates = _forward(data, inputs, schedule, reverse)
         ctx.save_for_backward(data, *inputs, output, gates)
         return output, final
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of all inputs."""
         *inputs, output, gates = ctx.saved_tensors
         schedule, reverse, needed = ctx.schedule, ctx.reverse, ctx.needs_input_grad
         if must_be_recorded(gradients):
@@ -57,52 +60,34 @@ class GRUFunction(torch.autograd.Function):
         return *found, None, None
 
 
-def infer(data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Return what ``GRUFunction.apply`` does, and keep nothing for a backward."""
-    *inputs, schedule, reverse = arguments
-    return _forward(data, inputs, schedule, reverse, keep=False)[:2]
-
-
-def _forward(
-    data: Tensor, inputs: Sequence[Any], schedule: Schedule, reverse: bool, *, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the outputs, the final state, and the four columns ``[N, 4H]`` if kept."""
+def _forward(data: Tensor, inputs: Sequence[Any], schedule: Schedule, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the outputs, the final state, and for the backward the four columns ``[N, 4H]``."""
     hidden_0, weight_ih, weight_hh, bias_ih, bias_hh = inputs
     width = weight_hh.shape[1]
-    sigmoids = 3 * width
     input_weight, hidden_weight = weight_ih.t(), rolled(weight_hh, width).t()
+    gates = data.new_empty(schedule.rows, 4 * width)
+    output = data.new_empty(schedule.rows, width)
     bias: Tensor | None = None
-    if bias_ih is not None:
+    if bias_ih is None:
+        gates[:, :width].zero_()
+    else:
         bias = bias_ih.clone()
         bias[: 2 * width] += bias_hh[: 2 * width]
-    rows = chunk_rows(data, 4 * width)
-    gates = data.new_empty(schedule.rows if keep else buffer_rows(schedule, rows), 4 * width)
-    output = data.new_empty(schedule.rows, width)
-    size, hidden = 0, hidden_0[:0]
-    for chunk in schedule.chunks(rows, backwards=reverse):
-        part = slice(chunk.start, chunk.stop) if keep else slice(0, chunk.stop - chunk.start)
-        pieces = (
-            gates[part, :sigmoids],
-            gates[part, width:sigmoids],
-            gates[part, :width],
-            gates[part, width : 2 * width],
-            gates[part, 2 * width : sigmoids],
-            gates[part, sigmoids:],
-            output[chunk.start : chunk.stop],
-        )
-        if bias is None:
-            pieces[2].zero_()
-            torch.mm(data[chunk.start : chunk.stop], input_weight, out=gates[part, width:])
-        else:
-            pieces[2].copy_(bias_hh[2 * width :])
-            torch.addmm(bias, data[chunk.start : chunk.stop], input_weight, out=gates[part, width:])
-        steps = zip(*(step_views(chunk, piece, backwards=reverse) for piece in pieces), strict=True)
-        for hidden_product, sigmoid, hidden_new, reset, update, new, new_hidden in steps:
-            if len(new_hidden) != size:
-                size = len(new_hidden)
-                hidden = resized(hidden, hidden_0, size)
+        gates[:, :width].copy_(bias_hh[2 * width :])
+    size, hidden = 0, hidden_0
+    for chunk in schedule.chunks(chunk_rows(data, 4 * width), backwards=reverse):
+        rows = slice(chunk.start, chunk.stop)
+        piece = gates[rows]
+        project(data[rows], input_weight, bias, piece[:, width:])
+        views = (piece[:, : 3 * width], piece[:, width : 3 * width], *piece.split(width, 1), output[rows])
+        for step, hidden_product, sigmoids, hidden_new, reset, update, new, new_hidden in steps_of(
+            chunk, views, backwards=reverse
+        ):
+            if step != size:
+                hidden = resized(hidden, hidden_0, size, step)
+                size = step
             hidden_product.addmm_(hidden, hidden_weight)
-            sigmoid.sigmoid_()
+            sigmoids.sigmoid_()
             new.addcmul_(reset, hidden_new).tanh_()
             torch.lerp(new, hidden, update, out=new_hidden)
             hidden = new_hidden
@@ -123,36 +108,37 @@ def _backward(
     of_output, of_hidden = gradients
     width = weight_hh.shape[1]
     hidden_weight = rolled(weight_hh, width)
-    rows = chunk_rows(data, 4 * width)
-    buffered = buffer_rows(schedule, rows)
+    most = chunk_rows(data, 4 * width)
+    buffered = buffer_rows(schedule, most)
     factors, before_buffer = data.new_empty(buffered, 4 * width), data.new_empty(buffered, width)
     of_data = torch.empty_like(data) if needed[0] else None
     weights = WeightGradients(needed[2:6])
     # The gradient of the state between two steps, of all ranks; a step works on the first b of them.
     all_hidden = started(of_hidden, hidden_0)
-    size = 0
-    hidden = hidden_of_gates = all_hidden
-    for chunk in schedule.chunks(rows, backwards=not reverse):
-        count = chunk.stop - chunk.start
+    size, hidden, hidden_of_gates = 0, all_hidden, all_hidden
+    for chunk in schedule.chunks(most, backwards=not reverse):
+        rows, count = slice(chunk.start, chunk.stop), chunk.stop - chunk.start
         before = states_before(output, hidden_0, schedule, reverse, chunk, before_buffer)
         piece = factors[:count]
-        update = _factors(gates[chunk.start : chunk.stop], before, piece)
-        pieces = [piece.view(count, 4, width), piece[:, : 3 * width], update]
-        if of_output is not None:
-            pieces.append(of_output[chunk.start : chunk.stop])
-        steps = zip(*(step_views(chunk, value, backwards=not reverse) for value in pieces), strict=True)
-        for all_gates, hidden_product, kept, *of_step in steps:
-            if len(kept) != size:
-                size = len(kept)
-                hidden = all_hidden[:size]
+        _factors(gates[rows], before, piece)
+        update = gates[rows, 2 * width : 3 * width]
+        views = (
+            piece.view(count, 4, width),
+            piece[:, : 3 * width],
+            update,
+            update if of_output is None else of_output[rows],
+        )
+        for step, all_gates, hidden_product, kept, of_step in steps_of(chunk, views, backwards=not reverse):
+            if step != size:
+                size, hidden = step, all_hidden[:step]
                 hidden_of_gates = hidden.unsqueeze(1)
-            if of_step:
-                hidden.add_(of_step[0])
+            if of_output is not None:
+                hidden.add_(of_step)
             all_gates.mul_(hidden_of_gates)
             hidden.mul_(kept).addmm_(hidden_product, hidden_weight)
-        weights.add(piece[:, width:], piece[:, : 3 * width], piece, data[chunk.start : chunk.stop], before)
+        weights.add(piece[:, width:], piece[:, : 3 * width], piece, data[rows], before)
         if of_data is not None:
-            torch.mm(piece[:, width:], weight_ih, out=of_data[chunk.start : chunk.stop])
+            torch.mm(piece[:, width:], weight_ih, out=of_data[rows])
     ih, hh, bias = weights
     return [
         of_data,
@@ -164,8 +150,8 @@ def _backward(
     ]
 
 
-def _factors(gates: Tensor, before: Tensor, factors: Tensor) -> Tensor:
-    """Write what the state's gradient is multiplied by for the four columns ``[m, 4H]``; return the update gate."""
+def _factors(gates: Tensor, before: Tensor, factors: Tensor) -> None:
+    """Write what a step multiplies the gradient of its state by, for the four columns: ``[m, 4H]``."""
     width = before.shape[1]
     hidden_new, reset, update, new = gates.split(width, 1)
     hidden_factor, reset_factor, update_factor, new_factor = factors.split(width, 1)
@@ -178,6 +164,4 @@ def _factors(gates: Tensor, before: Tensor, factors: Tensor) -> Tensor:
     torch.mul(new_factor, reset, out=hidden_factor)
     torch.addcmul(sigmoids, sigmoids, sigmoids, value=-1, out=factors[:, width : 3 * width])
     reset_factor.mul_(hidden_new).mul_(new_factor)
-    before_less_new = torch.sub(before, new)
-    update_factor.mul_(before_less_new)
-    return update
+    update_factor.mul_(before - new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ from hf_packfix.rnn.schedule import Schedule
 
 __all__ = ["run"]
 
-_TRAIN = {"LSTM": lstm.LSTMFunction.apply, "GRU": gru.GRUFunction.apply}
-_INFER = {"LSTM": lstm.infer, "GRU": gru.infer}
+_FUNCTIONS: dict[str, Any] = {"LSTM": lstm.LSTMFunction, "GRU": gru.GRUFunction}
 
 
 def run(layer: nn.RNNBase, packed: Any, hx: Any = None) -> tuple[PackedSequence, Any] | None:
@@ -31,26 +31,22 @@ def run(layer: nn.RNNBase, packed: Any, hx: Any = None) -> tuple[PackedSequence,
     Returns:
         The outputs, packed like the input, ``[N, O]``, and the final state ``[L, B, H]``, for an LSTM two of them.
     """
-    if not isinstance(packed, PackedSequence) or not is_eager():
+    if not isinstance(packed, PackedSequence) or not torch.is_grad_enabled() or not is_eager():
         return None
     sizes = sizes_of(layer, packed)
-    if sizes is None:
+    if sizes is None or not is_faster(layer.mode, sizes):
         return None
     data, batch_sizes, sorted_indices, unsorted_indices = packed
     states = states_of(layer, hx, data, sizes[0])
     weights = None if states is None else weights_of(layer, data)
     if states is None or weights is None:
         return None
-    records = torch.is_grad_enabled() and (
-        data.requires_grad
-        or any(state.requires_grad for state in states)
-        or any(weight is not None and weight.requires_grad for group in weights for weight in group)
-    )
-    if not is_faster(layer.mode, records, data, layer.hidden_size, sizes):
+    # In inference torch's own loop, which has the same operations in C++, is as fast or faster.
+    if not any(tensor is not None and tensor.requires_grad for tensor in chain([data], states, *weights)):
         return None
     if sorted_indices is not None:
         states = [state.index_select(1, sorted_indices) for state in states]
-    output, finals = _all_layers(layer, data, states, weights, Schedule(batch_sizes, sizes), records)
+    output, finals = _all_layers(layer, data, states, weights, Schedule(batch_sizes, sizes))
     if unsorted_indices is not None:
         finals = [final.index_select(1, unsorted_indices) for final in finals]
     result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
@@ -63,7 +59,6 @@ def _all_layers(
     states: list[Tensor],
     weights: list[list[Tensor | None]],
     schedule: Schedule,
-    records: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the last layer's outputs ``[N, O]`` and the final states ``[L, B, H]``; all in sorted order."""
     count = 2 if layer.mode == "LSTM" else 1
@@ -79,9 +74,7 @@ def _all_layers(
         for direction in range(directions):
             index = number * directions + direction
             start = [state[index] for state in starts]
-            output, *final = _direction(
-                layer.mode, records, data, *start, *weights[index], schedule=schedule, reverse=direction == 1
-            )
+            output, *final = _direction(layer.mode, data, *start, *weights[index], schedule, direction == 1)
             outputs.append(output)
             for all_finals, one in zip(finals, final, strict=True):
                 all_finals.append(one)
@@ -92,14 +85,10 @@ def _all_layers(
     return data, [torch.stack(final) for final in finals]
 
 
-def _direction(mode: str, records: bool, *tensors: Tensor | None, schedule: Schedule, reverse: bool) -> Any:
-    if mode in _TRAIN:
-        function = _TRAIN[mode] if records else _INFER[mode]
-        extra: tuple[Any, ...] = (schedule, reverse)
+def _direction(mode: str, *arguments: Any) -> tuple[Tensor, ...]:
+    result: tuple[Tensor, ...]
+    if mode in _FUNCTIONS:
+        result = _FUNCTIONS[mode].apply(*arguments)
     else:
-        function = elman.ElmanFunction.apply if records else elman.infer
-        extra = (schedule, reverse, mode)
-    if records:
-        return function(*tensors, *extra)
-    with torch.no_grad():
-        return function(*tensors, *extra)
+        result = elman.ElmanFunction.apply(*arguments, mode)
+    return result

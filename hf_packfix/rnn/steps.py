@@ -6,6 +6,7 @@ Shapes: B sequences, N rows, m rows in a chunk, D inputs, H hidden units, K colu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +18,12 @@ __all__ = [
     "buffer_rows",
     "chunk_rows",
     "final_rows",
-    "put_finals",
+    "project",
     "resized",
     "rolled",
     "started",
     "states_before",
-    "step_views",
+    "steps_of",
 ]
 
 #: Bytes of a chunk's widest buffer: half of it and the chunk's other buffers stay in a second-level cache.
@@ -41,18 +42,30 @@ def buffer_rows(schedule: Schedule, rows: int) -> int:
     return min(schedule.rows, rows + schedule.sequences)
 
 
-def step_views(chunk: Chunk, tensor: Tensor, *, backwards: bool) -> Sequence[Tensor]:
-    """Return the rows ``[b, *]`` of every step of a chunk ``[m, *]``, from the last step on if ``backwards``."""
-    views: tuple[Tensor, ...] = tensor.split(chunk.sizes)
-    return views[::-1] if backwards else views
+def steps_of(chunk: Chunk, tensors: Sequence[Tensor], *, backwards: bool) -> Iterator[tuple[Any, ...]]:
+    """Return for every step of a chunk its size b and its rows ``[b, *]`` of each tensor ``[m, *]``.
 
-
-def resized(state: Tensor, start: Tensor, size: int) -> Tensor:
-    """Return the state ``[size, H]`` that a step begins from, from the one ``[b, H]`` that the step before ended in.
-
-    Ranks from b on begin here, from ``start`` ``[B, H]``; those from ``size`` on have ended.
+    One call makes the views of a tensor for all steps: an index a step takes longer than the arithmetic of a small one.
     """
-    found = len(state)
+    views: list[Sequence[Any]] = [chunk.sizes, *(torch.split_with_sizes(tensor, chunk.sizes) for tensor in tensors)]
+    if backwards:
+        views = [view[::-1] for view in views]
+    return zip(*views, strict=True)
+
+
+def project(data: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor) -> None:
+    """Write ``data @ weight + bias`` for the rows of a chunk, ``[m, *]``."""
+    if bias is None:
+        torch.mm(data, weight, out=into)
+    else:
+        torch.addmm(bias, data, weight, out=into)
+
+
+def resized(state: Tensor, start: Tensor, found: int, size: int) -> Tensor:
+    """Return the state ``[size, H]`` that a step begins from, from the one ``[found, H]`` that the step before left.
+
+    Ranks from ``found`` on begin here, from ``start`` ``[B, H]``; those from ``size`` on have ended.
+    """
     if found >= size:
         return state[:size]
     return torch.cat((state, start[found:size])) if found else start[:size]
@@ -73,13 +86,6 @@ def final_rows(schedule: Schedule, reverse: bool) -> Tensor:
     return schedule.first_rows if reverse else schedule.last_rows
 
 
-def put_finals(finals: Tensor, schedule: Schedule, reverse: bool, chunk: Chunk, states: Tensor) -> None:
-    """Write the states of a chunk ``[m, H]`` that are final into ``finals`` ``[B, H]``."""
-    rows = final_rows(schedule, reverse)
-    ranks = _ranks_in(chunk, rows)
-    finals.index_copy_(0, ranks, states.index_select(0, rows[ranks] - chunk.start))
-
-
 def states_before(
     states: Tensor, start: Tensor, schedule: Schedule, reverse: bool, chunk: Chunk, buffer: Tensor
 ) -> Tensor:
@@ -97,15 +103,10 @@ def states_before(
     result = buffer[: chunk.stop - chunk.start]
     torch.index_select(states, 0, before[chunk.start : chunk.stop], out=result)
     rows = final_rows(schedule, not reverse)
-    ranks = _ranks_in(chunk, rows)
-    if ranks.numel():
-        result.index_copy_(0, rows[ranks] - chunk.start, start.index_select(0, ranks))
-    return result
-
-
-def _ranks_in(chunk: Chunk, rows: Tensor) -> Tensor:
-    """Return the ranks whose row lies in a chunk."""
-    return ((rows >= chunk.start) & (rows < chunk.stop)).nonzero().squeeze(1)
+    if result.shape[0] == schedule.rows:
+        return result.index_copy_(0, rows, start)
+    ranks = ((rows >= chunk.start) & (rows < chunk.stop)).nonzero().squeeze(1)
+    return result.index_copy_(0, rows[ranks] - chunk.start, start.index_select(0, ranks))
 
 
 class WeightGradients:
