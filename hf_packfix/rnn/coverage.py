@@ -63,8 +63,7 @@ def is_eager() -> bool:
     return (
         _known
         and not _is_compiling()  # type: ignore[misc]
-        and not torch.jit.is_scripting()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and _functorch() is None  # type: ignore[misc]
         and not _dispatch_modes()  # type: ignore[misc]
         and not _function_modes()  # type: ignore[misc]

@@ -32,7 +32,7 @@ __all__ = ["GRUFunction"]
 
 
 class GRUFunction(torch.autograd.Function):
-    """``apply(data, h_0, weight_ih, weight_hh, bias_ih, bias_hh, schedule, reverse)``.
+    """``apply(data, h_0, weight_ih, weight_hh, bias_ih, bias_hh, schedule, reverse, mode)``.
 
     Inputs: ``[N, D]``, ``[B, H]``, ``[3H, D]``, ``[3H, H]``, ``[3H]`` twice or None. Returns the outputs ``[N, H]``
     and the final state ``[B, H]``, both in sorted order.
@@ -41,7 +41,7 @@ class GRUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         """Run the layer."""
-        *inputs, schedule, reverse = arguments
+        *inputs, schedule, reverse, _ = arguments
         ctx.schedule, ctx.reverse = schedule, reverse
         ctx.set_materialize_grads(False)
         output, final, gates = _forward(data, inputs, schedule, reverse)
@@ -57,7 +57,7 @@ class GRUFunction(torch.autograd.Function):
             found = recorded_gradients("GRU", schedule, reverse, inputs, needed[:6], gradients)
         else:
             found = _backward(schedule, reverse, inputs, needed, gradients, output, gates)
-        return *found, None, None
+        return *found, None, None, None
 
 
 def _forward(data: Tensor, inputs: Sequence[Any], schedule: Schedule, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,7 +36,7 @@ __all__ = ["LSTMFunction"]
 
 
 class LSTMFunction(torch.autograd.Function):
-    """``apply(data, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, schedule, reverse)``.
+    """``apply(data, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, schedule, reverse, mode)``.
 
     Inputs: ``[N, D]``, ``[B, H]`` twice, ``[4H, D]``, ``[4H, H]``, ``[4H]`` twice or None. Returns the outputs
     ``[N, H]`` and the final states ``[B, H]``, all in sorted order.
@@ -45,7 +45,7 @@ class LSTMFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         """Run the layer."""
-        *inputs, schedule, reverse = arguments
+        *inputs, schedule, reverse, _ = arguments
         ctx.schedule, ctx.reverse = schedule, reverse
         ctx.set_materialize_grads(False)
         output, hidden_n, cell_n, *kept = _forward(data, inputs, schedule, reverse)
@@ -61,7 +61,7 @@ class LSTMFunction(torch.autograd.Function):
             found = recorded_gradients("LSTM", schedule, reverse, inputs, needed[:7], gradients)
         else:
             found = _backward(schedule, reverse, inputs, needed, gradients, output, gates, cells, squashed)
-        return *found, None, None
+        return *found, None, None, None
 
 
 def _forward(data: Tensor, inputs: Sequence[Any], schedule: Schedule, reverse: bool) -> tuple[Tensor, ...]:

@@ -16,7 +16,12 @@ from hf_packfix.rnn.schedule import Schedule
 
 __all__ = ["run"]
 
-_FUNCTIONS: dict[str, Any] = {"LSTM": lstm.LSTMFunction, "GRU": gru.GRUFunction}
+_FUNCTIONS: dict[str, Any] = {
+    "LSTM": lstm.LSTMFunction.apply,
+    "GRU": gru.GRUFunction.apply,
+    "RNN_TANH": elman.ElmanFunction.apply,
+    "RNN_RELU": elman.ElmanFunction.apply,
+}
 
 
 def run(layer: nn.RNNBase, packed: Any, hx: Any = None) -> tuple[PackedSequence, Any] | None:
@@ -68,13 +73,14 @@ def _all_layers(
         zeros = data.new_zeros(schedule.sequences, layer.hidden_size)
         starts = [(zeros,) * len(weights)] * count
     directions = 2 if layer.bidirectional else 1
+    function = _FUNCTIONS[layer.mode]
     finals: list[list[Tensor]] = [[] for _ in range(count)]
     for number in range(layer.num_layers):
         outputs = []
         for direction in range(directions):
             index = number * directions + direction
             start = [state[index] for state in starts]
-            output, *final = _direction(layer.mode, data, *start, *weights[index], schedule, direction == 1)
+            output, *final = function(data, *start, *weights[index], schedule, direction == 1, layer.mode)
             outputs.append(output)
             for all_finals, one in zip(finals, final, strict=True):
                 all_finals.append(one)
@@ -83,12 +89,3 @@ def _all_layers(
         if layer.dropout and layer.training and number < layer.num_layers - 1:
             data = torch.dropout(data, layer.dropout, True)
     return data, [torch.stack(final) for final in finals]
-
-
-def _direction(mode: str, *arguments: Any) -> tuple[Tensor, ...]:
-    result: tuple[Tensor, ...]
-    if mode in _FUNCTIONS:
-        result = _FUNCTIONS[mode].apply(*arguments)
-    else:
-        result = elman.ElmanFunction.apply(*arguments, mode)
-    return result
