@@ -5,6 +5,6 @@ own. What is covered, and what is left to torch, is listed in ``hf_packfix/rnn/c
 """
 
 from hf_packfix.rnn.layers import GRU, LSTM, RNN
-from hf_packfix.rnn.run import run
+from hf_packfix.rnn.stack import run
 
 __all__ = ["GRU", "LSTM", "RNN", "run"]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_packfix.rnn.run import run
+from hf_packfix.rnn.stack import run
 
 __all__ = ["GRU", "LSTM", "RNN"]
 

@@ -39,7 +39,7 @@ def run(layer: nn.RNNBase, packed: Any, hx: Any = None) -> tuple[PackedSequence,
     if not isinstance(packed, PackedSequence) or not torch.is_grad_enabled() or not is_eager():
         return None
     sizes = sizes_of(layer, packed)
-    if sizes is None or not is_faster(layer.mode, sizes):
+    if sizes is None or not is_faster(layer.mode, packed.data.dtype, sizes):
         return None
     data, batch_sizes, sorted_indices, unsorted_indices = packed
     states = states_of(layer, hx, data, sizes[0])
