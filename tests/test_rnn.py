@@ -31,7 +31,8 @@ LENGTHS = [3, 12, 1, 12, 7]
 @pytest.fixture(autouse=True)
 def always_faster(monkeypatch) -> None:
     """Run here whatever the cost model says: the packings of these tests are small."""
-    monkeypatch.setattr("hf_packfix.rnn.stack.is_faster", lambda *_: True)
+    monkeypatch.setattr("hf_packfix.rnn.stack.has_enough_steps", lambda *_: True)
+    monkeypatch.setattr("hf_packfix.rnn.stack.is_one_block", lambda *_: False)
 
 
 def new_layer(kind: str, inputs: int = 3, hidden: int = 4, **options: Any) -> nn.RNNBase:
@@ -390,14 +391,25 @@ def test_bad_states_are_left_to_torch(kind):
 
 @pytest.mark.parametrize(("mode", "fewest"), cost._FEWEST_STEPS.items())
 def test_a_few_steps_are_left_to_torch(mode, fewest):
-    assert cost.is_faster(mode, torch.float32, [2] * (fewest - 1) + [1])
-    assert not cost.is_faster(mode, torch.float32, [2] * (fewest - 2) + [1])
+    assert cost.has_enough_steps(mode, torch.ones(fewest))
+    assert not cost.has_enough_steps(mode, torch.ones(fewest - 1))
 
 
 def test_an_lstm_over_one_length_is_left_to_onednn():
-    assert not cost.is_faster("LSTM", torch.float32, [3] * 50)
-    assert cost.is_faster("LSTM", torch.float64, [3] * 50)
-    assert cost.is_faster("GRU", torch.float32, [3] * 50)
+    assert cost.is_one_block("LSTM", torch.float32, [3] * 50)
+    assert not cost.is_one_block("LSTM", torch.float32, [3] * 50 + [2])
+    assert not cost.is_one_block("LSTM", torch.float64, [3] * 50)
+    assert not cost.is_one_block("GRU", torch.float32, [3] * 50)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cost_model_is_asked(kind, monkeypatch):
+    layer, pack = new_layer(kind), new_pack()
+    monkeypatch.setattr("hf_packfix.rnn.stack.is_one_block", lambda *_: True)
+    assert_left_to_torch(layer, pack)
+    monkeypatch.undo()
+    assert_left_to_torch(layer, new_pack([5, 4]))
+    assert rnn.run(layer, pack) is not None
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 20))

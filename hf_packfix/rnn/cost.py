@@ -16,21 +16,25 @@ units:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-__all__ = ["is_faster"]
+__all__ = ["has_enough_steps", "is_one_block"]
 
 _FEWEST_STEPS = {"LSTM": 8, "GRU": 6, "RNN_TANH": 10, "RNN_RELU": 10}
 
 
-def is_faster(mode: str, dtype: torch.dtype, sizes: list[int]) -> bool:
-    """Return whether a forward and a backward take less time here than in torch's own layer.
+def has_enough_steps(mode: str, batch_sizes: Any) -> bool:
+    """Return whether the steps of a packed sequence save more than a call costs.
 
     Args:
         mode: ``nn.RNNBase.mode``.
-        dtype: of the data.
-        sizes: the batch size of every step.
+        batch_sizes: int64 ``[T]``; anything else is not looked at here.
     """
-    if len(sizes) < _FEWEST_STEPS[mode]:
-        return False
-    return not (mode == "LSTM" and dtype == torch.float32 and sizes[0] == sizes[-1])
+    return not isinstance(batch_sizes, torch.Tensor) or batch_sizes.numel() >= _FEWEST_STEPS.get(mode, 0)
+
+
+def is_one_block(mode: str, dtype: torch.dtype, sizes: list[int]) -> bool:
+    """Return whether torch gives all steps to oneDNN at once."""
+    return mode == "LSTM" and dtype == torch.float32 and sizes[0] == sizes[-1]
