@@ -180,6 +180,18 @@ def test_what_the_backward_needs_may_not_change():
         loss.backward()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_backward_under_autocast_keeps_the_precision_of_its_forward(kind, create_graph):
+    torch.manual_seed(0)
+    layer, pack = new_layer(kind), new_pack()
+    inputs = leaves(layer, pack, None)
+    expected = gradients(flat(layer(pack)), inputs)
+    results = flat(rnn.run(layer, pack))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(gradients(results, inputs, create_graph=create_graph), expected)
+
+
 # --- gradients of gradients -----------------------------------------------------------------------------
 
 

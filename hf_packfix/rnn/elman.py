@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_packfix.rnn.recompute import must_be_recorded, recorded_gradients
+from hf_packfix.rnn.recompute import must_be_recorded, recorded_gradients, without_autocast
 from hf_packfix.rnn.schedule import Schedule
 from hf_packfix.rnn.steps import (
     WeightGradients,
@@ -46,6 +46,7 @@ class ElmanFunction(torch.autograd.Function):
         return output, final
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of all inputs."""
         *inputs, output = ctx.saved_tensors

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_packfix.rnn.recompute import must_be_recorded, recorded_gradients
+from hf_packfix.rnn.recompute import must_be_recorded, recorded_gradients, without_autocast
 from hf_packfix.rnn.schedule import Schedule
 from hf_packfix.rnn.steps import (
     WeightGradients,
@@ -49,6 +49,7 @@ class GRUFunction(torch.autograd.Function):
         return output, final
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of all inputs."""
         *inputs, output, gates = ctx.saved_tensors

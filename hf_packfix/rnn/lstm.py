@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_packfix.rnn.recompute import must_be_recorded, recorded_gradients
+from hf_packfix.rnn.recompute import must_be_recorded, recorded_gradients, without_autocast
 from hf_packfix.rnn.schedule import Schedule
 from hf_packfix.rnn.steps import (
     WeightGradients,
@@ -53,6 +53,7 @@ class LSTMFunction(torch.autograd.Function):
         return output, hidden_n, cell_n
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of all inputs."""
         *inputs, output, gates, cells, squashed = ctx.saved_tensors

@@ -1,17 +1,18 @@
-"""Gradients of gradients: one layer and direction recomputed by torch's own operations."""
+"""What surrounds a backward: gradients of gradients, for which torch computes one layer again, and autocast."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_packfix.rnn.coverage import is_plain
+from hf_packfix.rnn.coverage import autocast_is_enabled, is_plain
 from hf_packfix.rnn.schedule import Schedule
 
-__all__ = ["must_be_recorded", "recorded_gradients"]
+__all__ = ["must_be_recorded", "recorded_gradients", "without_autocast"]
 
 _FUNCTIONS: dict[str, Any] = {
     "LSTM": torch.lstm,
@@ -19,6 +20,19 @@ _FUNCTIONS: dict[str, Any] = {
     "RNN_TANH": torch.rnn_tanh,
     "RNN_RELU": torch.rnn_relu,
 }
+
+
+def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a backward in the precision of its forward, even if it is called under autocast."""
+
+    @functools.wraps(backward)
+    def wrapper(*arguments: Any) -> Any:
+        if not autocast_is_enabled():
+            return backward(*arguments)
+        with torch.autocast("cpu", enabled=False):
+            return backward(*arguments)
+
+    return wrapper
 
 
 def must_be_recorded(gradients: Sequence[Tensor | None]) -> bool:
