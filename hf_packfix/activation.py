@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from hf_packfix import versions
 from hf_packfix._version import __version__
 from hf_packfix.notices import HFPackfixWarning, is_main_process, warn_once
-from hf_packfix.switch import ACCEPTED, VARIABLE, switch, value
+from hf_packfix.switch import ACCEPTED, FAST_RNN_VARIABLE, VARIABLE, switch, value
+from hf_packfix.switch import fast_rnn as environment_fast_rnn
 
 if TYPE_CHECKING:
     from hf_packfix.patches import Patch, PatchStatus
@@ -40,6 +41,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 _activated_by: str | None = None
+_fast_rnn = False  # whether the patches of the recurrent layers are asked for
 _why_inactive = "hf_packfix.enable() was not called"
 _hooked: set[str] = set()
 _loaded: deque[str] = deque()  # modules whose import hook has fired and whose patches nobody has looked at since
@@ -73,18 +75,21 @@ class Status:
         return "\n".join([head, *map(str, self.patches)])
 
 
-def enable(*, force: bool = False) -> None:
+def enable(*, force: bool = False, fast_rnn: bool | None = None) -> None:
     """Wrap what stands in the way of packed batches, now or as soon as it is imported.
 
     Calling it again wraps nothing twice; it puts back what somebody removed since.
 
     Args:
         force: go on past a version refusal, and past ``HF_PACKFIX=0``.
+        fast_rnn: whether ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` train on packed data on a CPU with a backward of our
+            own. By default, what ``HF_PACKFIX_FAST_RNN`` asks for, if hf_packfix is not enabled yet; if it is, this
+            stays as it is.
 
     Raises:
         UnsupportedVersionError: transformers or accelerate is missing or too old.
     """
-    _enable("hf_packfix.enable()", force=force)
+    _enable("hf_packfix.enable()", force=force, fast_rnn=fast_rnn)
 
 
 def disable() -> None:
@@ -93,10 +98,10 @@ def disable() -> None:
     Where somebody wrapped one of our wrappers in turn, theirs stays in place and ours hands over to the
     original.
     """
-    global _activated_by, _why_inactive
+    global _activated_by, _fast_rnn, _why_inactive
     with _locked():
-        _activated_by, _why_inactive = None, "hf_packfix.disable() was called"
-        for patch in reversed(_patches()):
+        _activated_by, _fast_rnn, _why_inactive = None, False, "hf_packfix.disable() was called"
+        for patch in reversed(_all_patches()):
             patch.take_off()
         for patch in _first_uses():
             patch.take_off()
@@ -117,7 +122,10 @@ def status() -> Status:
     with _locked():
         activated_by = _activated_by
         enabled = is_enabled()
-        patches = tuple(patch.status(activated_by is not None) for patch in _patches())
+        asked = set(_patches())
+        patches = tuple(
+            patch.status(activated_by is not None) if patch in asked else _not_asked(patch) for patch in _all_patches()
+        )
     if activated_by is None:
         reason = _why_inactive
     elif enabled:
@@ -287,8 +295,10 @@ def _wait_for(names: Iterable[str]) -> None:
                 import_module(name)
 
 
-def _enable(activated_by: str, *, force: bool, tell: Callable[[str], None] | None = None) -> None:
-    global _activated_by, _tell
+def _enable(
+    activated_by: str, *, force: bool, fast_rnn: bool | None = None, tell: Callable[[str], None] | None = None
+) -> None:
+    global _activated_by, _fast_rnn, _tell
     if switch() == "off" and not force:
         warn_once(f"{VARIABLE}={value()} keeps hf_packfix off; unset it, or call enable(force=True)")
         return
@@ -300,6 +310,12 @@ def _enable(activated_by: str, *, force: bool, tell: Callable[[str], None] | Non
     import wrapt
 
     with _locked():
+        if fast_rnn is None:
+            fast_rnn = _fast_rnn if _activated_by is not None else _environment_asks_for_fast_rnn()
+        _fast_rnn = fast_rnn
+        if not fast_rnn:
+            for patch in reversed(_fast_rnn_patches()):
+                patch.take_off()
         modules = sorted({"torch", *(patch.module for patch in _patches())} - _hooked)
     _wait_for(modules)
     with _locked():
@@ -382,11 +398,37 @@ def _announce() -> None:
         logger.info("newer than what hf_packfix was tested with, judged by probes: %s", ", ".join(newer))
 
 
+def _environment_asks_for_fast_rnn() -> bool:
+    asks = environment_fast_rnn()
+    if asks is None:
+        accepted = ", ".join(ACCEPTED["on"] + ACCEPTED["off"])
+        _tell(f"{FAST_RNN_VARIABLE}={value(FAST_RNN_VARIABLE)!r} is not one of: {accepted}; torch's own layers run")
+    return bool(asks)
+
+
+def _not_asked(patch: Patch) -> PatchStatus:
+    how = f"hf_packfix.enable(fast_rnn=True) or {FAST_RNN_VARIABLE}=1 turns it on"
+    return replace(patch.status(False), detail=how)
+
+
 def _patches() -> tuple[Patch, ...]:
+    """Return the patches that are asked for."""
     # Imported on first use: a process kept inactive by HF_PACKFIX=0 has no need of them.
     from hf_packfix.patches import PATCHES
 
-    return PATCHES
+    return PATCHES + _fast_rnn_patches() if _fast_rnn else PATCHES
+
+
+def _fast_rnn_patches() -> tuple[Patch, ...]:
+    from hf_packfix.patches import FAST_RNN
+
+    return FAST_RNN
+
+
+def _all_patches() -> tuple[Patch, ...]:
+    from hf_packfix.patches import FAST_RNN, PATCHES
+
+    return PATCHES + FAST_RNN
 
 
 def _first_uses() -> tuple[Patch, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hf_packfix.activation import Status, difference, status
-from hf_packfix.patches import PATCHES
+from hf_packfix.patches import FAST_RNN, PATCHES
 from hf_packfix.selftest import selftest
 from hf_packfix.switch import ACCEPTED, VARIABLE, switch, value
 from hf_packfix.trainers import handled_apart, load_lazy, overridden_methods, patched_methods
@@ -133,8 +133,9 @@ def examine(modules: Sequence[str]) -> Report:
     now = status()
     if not now.enabled and asks not in ("off", None):  # None: said above
         problems.append(now.reason)
-    for patch, stands in zip(PATCHES, now.patches, strict=True):
-        text = difference(patch, stands)
+    patches = {patch.target: patch for patch in (*PATCHES, *FAST_RNN)}
+    for stands in now.patches:
+        text = difference(patches[stands.target], stands)
         if text:
             (warnings if stands.state == "applied" else problems).append(text)
     return Report(

@@ -1,4 +1,4 @@
-"""What ``HF_PACKFIX`` means.
+"""What ``HF_PACKFIX`` and ``HF_PACKFIX_FAST_RNN`` mean.
 
 The same table stands in ``startup/_hf_packfix_boot.py``, which lies outside the package and must not import it.
 """
@@ -8,9 +8,12 @@ from __future__ import annotations
 import os
 import sys
 
-__all__ = ["ACCEPTED", "VARIABLE", "meaning", "switch", "value"]
+__all__ = ["ACCEPTED", "FAST_RNN_VARIABLE", "VARIABLE", "fast_rnn", "meaning", "switch", "value"]
 
 VARIABLE = "HF_PACKFIX"
+
+#: Asks for the recurrent layers on a CPU as well; alone it activates nothing.
+FAST_RNN_VARIABLE = "HF_PACKFIX_FAST_RNN"
 
 #: The accepted values, by what they ask for; case and surrounding blanks do not matter.
 ACCEPTED = {
@@ -28,11 +31,17 @@ def meaning(value: str | None) -> str | None:
     return next((asks for asks, words in ACCEPTED.items() if word in words), None)
 
 
-def value() -> str | None:
+def value(variable: str = VARIABLE) -> str | None:
     """Return the variable's value; None where it is unset, or not to be looked at (isolated mode, -I and -E)."""
-    return None if sys.flags.ignore_environment else os.environ.get(VARIABLE)
+    return None if sys.flags.ignore_environment else os.environ.get(variable)
 
 
 def switch() -> str | None:
     """Return what ``HF_PACKFIX`` asks for in this process, as :func:`meaning` has it."""
     return meaning(value())
+
+
+def fast_rnn() -> bool | None:
+    """Return whether ``HF_PACKFIX_FAST_RNN`` is on; None for a value that is neither on nor off."""
+    asks = meaning(value(FAST_RNN_VARIABLE))
+    return None if asks in (None, "force") else asks == "on"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("HF_PACKFIX", None)
+os.environ.pop("HF_PACKFIX_FAST_RNN", None)
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Recurrent models as transformers models, on ``torch.nn.RNN``, ``LSTM`` and ``GRU``.
+"""Recurrent models as transformers models, on ``torch.nn.RNN``, ``LSTM`` and ``GRU`` as ``hf_packfix.rnn`` has them.
 
 Shapes: B sequences, T steps in the longest one, N steps in all, D features, V token ids, C labels, and
 O = ``config.output_size`` (the hidden size of every direction). Inputs are padded, ``[B, T]`` token ids or
@@ -34,6 +34,7 @@ from hf_packfix.models.upstream import (
     given_state,
 )
 from hf_packfix.packed import PackedSequence, with_data
+from hf_packfix.rnn import GRU, LSTM, RNN
 
 __all__ = [
     "RecurrentForCausalLM",
@@ -46,7 +47,7 @@ __all__ = [
 
 Output = TypeVar("Output", bound=ModelOutput)
 
-_CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+_CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
 
 
 @dataclass

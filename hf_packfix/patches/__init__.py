@@ -10,6 +10,7 @@ from hf_packfix.patches import (
     accelerate_accelerator,
     accelerate_utils_operations,
     torch_distributed_utils,
+    torch_nn_modules_rnn,
     transformers_feature_extraction_utils,
     transformers_tokenization_utils_base,
     transformers_trainer,
@@ -20,9 +21,9 @@ from hf_packfix.patches import (
 )
 from hf_packfix.patches.patch import Patch, PatchStatus, State
 
-__all__ = ["PATCHES", "Patch", "PatchStatus", "State"]
+__all__ = ["FAST_RNN", "PATCHES", "Patch", "PatchStatus", "State"]
 
-#: Every patch, in the order in which they are put on.
+#: Every patch that is on by default, in the order in which they are put on.
 PATCHES: tuple[Patch, ...] = (
     *transformers_trainer.PATCHES,
     *transformers_trainer_evaluation.PATCHES,
@@ -35,3 +36,6 @@ PATCHES: tuple[Patch, ...] = (
     *accelerate_accelerator.PATCHES,
     *torch_distributed_utils.PATCHES,
 )
+
+#: The patches that ``enable(fast_rnn=True)`` and ``HF_PACKFIX_FAST_RNN=1`` ask for.
+FAST_RNN: tuple[Patch, ...] = torch_nn_modules_rnn.PATCHES

@@ -11,3 +11,4 @@ import os
 # unless a benchmark turns it on.
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 os.environ.pop("HF_PACKFIX", None)
+os.environ.pop("HF_PACKFIX_FAST_RNN", None)

@@ -20,6 +20,7 @@ NAMES = (
     "collating",
     "dispatch",
     "generation",
+    "layers",
 )
 
 

@@ -190,7 +190,7 @@ def run(quick: bool) -> Table:
         samples = interleave({name: lambda name=name: seconds(name) for name in ways}, repeats)
         table += [
             ratio(samples, PACKED, IN_FORWARD, label=f"{cell}: {PACKED}", bar=1.05),
-            ratio(samples, PACKED, PADDED, label=f"{cell}: {PACKED}"),
+            ratio(samples, PACKED, PADDED, label=f"{cell}: {PACKED}", bar=0.75),
             ratio(samples, PACKED, BARE, label=f"{cell}: {PACKED}"),
             ratio(samples, IN_FORWARD, PADDED, label=f"{cell}: {IN_FORWARD}"),
         ]
