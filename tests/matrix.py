@@ -183,7 +183,8 @@ def run(pair: dict[str, str], target: Path, part: str, cache: Path) -> Result:
     files = sorted(str(file) for stem in PARTS[part] for file in (ROOT / "tests").glob(f"test_{stem}.py"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(ROOT)]), "OMP_NUM_THREADS": "1"}
     del environment["HF_PACKFIX"]
-    command = [str(python), "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command = [str(python), "-m", "pytest", "-q", "--tb=short", "-m", "not slow", f"--junitxml={report}"]
+    command += ["-p", "no:cacheprovider"]
     start = time.monotonic()
     done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     seconds = time.monotonic() - start
