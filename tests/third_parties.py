@@ -45,9 +45,9 @@ ORDINARY = ["dpo"]
 
 #: What the doctor must find in each package: a Trainer, and its methods that are patched and call ``super()`` or not.
 TRAINERS = {
-    "trl": {"trl.trainer.sft_trainer.SFTTrainer": {"prediction_step": False}},
+    "trl": {"trl.trainer.sft_trainer.SFTTrainer": {"compute_loss": True, "prediction_step": False}},
     "sentence_transformers": {
-        "sentence_transformers.base.trainer.BaseTrainer": {"evaluation_loop": True},
+        "sentence_transformers.base.trainer.BaseTrainer": {"compute_loss": False, "evaluation_loop": True},
         "sentence_transformers.sentence_transformer.trainer.SentenceTransformerTrainer": {},
     },
 }
