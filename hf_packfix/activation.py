@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -117,7 +117,7 @@ def status() -> Status:
     with _locked():
         activated_by = _activated_by
         enabled = is_enabled()
-        patches = tuple(patch.status(activated_by is not None) for patch in _patches())
+        patches = tuple(_with_cause(patch.status(activated_by is not None), patch.module) for patch in _patches())
     if activated_by is None:
         reason = _why_inactive
     elif enabled:
@@ -266,6 +266,13 @@ def _apply_pending(name: str = "") -> None:
             _failures.add(repr(error))
             message = " ".join(str(error).split())
             _log_warning(f"hf_packfix could not patch {name or 'what is pending'}: {type(error).__name__}: {message}")
+
+
+def _with_cause(status: PatchStatus, module: str) -> PatchStatus:
+    """Return the status with what a patch waits for though its module is there."""
+    if status.state != "pending" or module not in sys.modules:
+        return status
+    return replace(status, detail="torch is not loaded" if _is_complete(module) else "the module is being imported")
 
 
 def _is_complete(name: str) -> bool:
