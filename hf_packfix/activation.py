@@ -124,7 +124,8 @@ def status() -> Status:
         enabled = is_enabled()
         asked = set(_patches())
         patches = tuple(
-            patch.status(activated_by is not None) if patch in asked else _not_asked(patch) for patch in _all_patches()
+            _with_cause(patch.status(activated_by is not None), patch.module) if patch in asked else _not_asked(patch)
+            for patch in _all_patches()
         )
     if activated_by is None:
         reason = _why_inactive
@@ -274,6 +275,13 @@ def _apply_pending(name: str = "") -> None:
             _failures.add(repr(error))
             message = " ".join(str(error).split())
             _log_warning(f"hf_packfix could not patch {name or 'what is pending'}: {type(error).__name__}: {message}")
+
+
+def _with_cause(status: PatchStatus, module: str) -> PatchStatus:
+    """Return the status with what a patch waits for though its module is there."""
+    if status.state != "pending" or module not in sys.modules:
+        return status
+    return replace(status, detail="torch is not loaded" if _is_complete(module) else "the module is being imported")
 
 
 def _is_complete(name: str) -> bool:

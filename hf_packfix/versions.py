@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import re
+import sys
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 __all__ = [
     "MINIMUM",
@@ -73,7 +79,11 @@ class Conflict:
 
 
 def found(package: str) -> str | None:
-    """Return the installed version of a distribution; None where there is none or its metadata is broken."""
+    """Return the installed version of a distribution; None where there is none, or nothing tells its version.
+
+    Imports no package: where the metadata are missing or broken, reads ``__version__`` from the loaded module or from
+    its source. A program that PyInstaller made has no metadata but of the packages for which it was told so.
+    """
     # Imported here: a process that never activates should not pay for it.
     import importlib_metadata
 
@@ -81,17 +91,57 @@ def found(package: str) -> str | None:
         version: str | None = importlib_metadata.version(package)
     # Besides the first: a file without a version, one that is not UTF-8, one that cannot be read.
     except (importlib_metadata.PackageNotFoundError, KeyError, ValueError, OSError):
-        return None
-    return version
+        version = None
+    if version is not None:
+        return version
+    module = _module(package)
+    return _attribute(sys.modules.get(module)) or _assignment(_source(module) or "")
 
 
 def conflict() -> Conflict | None:
     """Return the first package that is missing or older than its minimum; None where all is well."""
     for package, required in MINIMUM.items():
-        version = found(package)
+        version = found(package) or _by_import(_module(package))
         if version is None or _older(version, required):
             return Conflict(package, required, version)
     return None
+
+
+def _module(package: str) -> str:
+    return package.replace("-", "_")
+
+
+def _attribute(module: ModuleType | None) -> str | None:
+    try:
+        version = getattr(module, "__version__", None)
+    except Exception:  # a stand-in, or a lazy module in the middle of its import
+        return None
+    return version if isinstance(version, str) else None
+
+
+def _assignment(source: str) -> str | None:
+    match = re.search(r"""^__version__(?:: str)? = (["'])([^"']+)\1""", source, re.MULTILINE)
+    return match and match[2]
+
+
+def _source(package: str) -> str | None:
+    """Return the source of a top-level package; None where there is no such package, or only its byte code."""
+    try:
+        loader: Any = getattr(importlib.util.find_spec(package), "loader", None)
+        source: str | None = loader.get_source(package)
+    except Exception:  # finders and loaders of others may raise anything
+        return None
+    return source
+
+
+def _by_import(package: str) -> str | None:
+    """Return the version of a package that is there without metadata and without source, as in a frozen program."""
+    try:
+        if _source(package) is not None or importlib.util.find_spec(package) is None:
+            return None
+        return _attribute(importlib.import_module(package))
+    except Exception:  # it cannot be imported: the program will hear of it when it does
+        return None
 
 
 def untested() -> dict[str, str]:

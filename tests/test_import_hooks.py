@@ -119,7 +119,7 @@ wrapt.register_post_import_hook(ask, "transformers.trainer_pt_utils")
 import transformers.trainer
 assert seen["half"] and seen["enabled"], seen
 state, detail = seen["transformers.trainer:Trainer._prepare_input"]
-assert state == "pending" and "end of the module's import" in detail, (state, detail)
+assert state == "pending" and detail == "the module is being imported", (state, detail)
 check()
 """
     )
@@ -184,5 +184,19 @@ assert not hasattr(transformers.trainer.Trainer._prepare_input, "__wrapped__")
 done.set()
 thread.join()
 assert transformers.trainer.Trainer._prepare_input.__wrapped__  # whoever has the lock does it
+"""
+    )
+
+
+def test_a_loaded_module_that_waits_for_torch_says_so():
+    run(
+        """
+import types
+import hf_packfix
+name = "transformers.feature_extraction_utils"
+sys.modules[name] = types.ModuleType(name)
+(found,) = [patch for patch in hf_packfix.status().patches if patch.target.startswith(name)]
+assert (found.state, found.detail) == ("pending", "torch is not loaded"), found
+assert "torch" not in sys.modules
 """
     )

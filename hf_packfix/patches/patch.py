@@ -142,8 +142,6 @@ class Patch:
         if not enabled:
             return PatchStatus(self.target, self.reason, "off")
         state, detail = self._verdict
-        if state == "pending" and self.module in sys.modules:
-            detail = "waits for torch, or for the end of the module's import"
         current = self._current()
         if self.overwritten():
             state = "refused"
