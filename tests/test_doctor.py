@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from transformers import TrainingArguments
 
 from hf_packfix.models.selftest import CHECKS
 from hf_packfix.selftest import selftest
+from hf_packfix.trainers import handled_apart
 from tests.interpreters import environment
 
 
@@ -106,7 +108,7 @@ def test_a_method_that_needs_no_patch_here_is_nothing_to_warn_of(tmp_path):
     assert any("get_batch_samples" in warning for warning in report["warnings"]) == acts
 
 
-def test_what_is_done_to_tensors_apart(tmp_path):
+def test_what_is_done_to_tensors_apart(tmp_path, monkeypatch):
     (tmp_path / "casts.py").write_text(
         "import torch\n"
         "from transformers import Trainer\n"
@@ -115,7 +117,7 @@ def test_what_is_done_to_tensors_apart(tmp_path):
         "        inputs = super()._prepare_inputs(inputs)\n"
         "        return {k: v.half() if torch.is_tensor(v) else v for k, v in inputs.items()}\n"
         "class Plain(Trainer):\n"
-        "    def compute_loss(self, model, inputs, **kwargs): return model(**inputs).loss\n"
+        "    def training_step(self, *args): return super().training_step(*args)\n"
         "def nested_detach(tensors): return tensors.detach()\n"
         "from transformers.trainer_pt_utils import nested_concat\n"
     )
@@ -124,6 +126,9 @@ def test_what_is_done_to_tensors_apart(tmp_path):
     cast, copy = report["warnings"]
     assert cast.startswith("casts.Casts._prepare_inputs looks for tensors itself (is_tensor): ")
     assert copy.startswith("casts.nested_detach is a copy of transformers.trainer_pt_utils:nested_detach, and is not")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("casts")
+    assert list(handled_apart("casts")) == [cast, copy]
 
 
 def test_the_self_test_on_a_machine_with_several_gpus(monkeypatch):
