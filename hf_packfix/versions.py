@@ -101,7 +101,9 @@ def found(package: str) -> str | None:
 def conflict() -> Conflict | None:
     """Return the first package that is missing or older than its minimum; None where all is well."""
     for package, required in MINIMUM.items():
-        version = found(package) or _by_import(_module(package))
+        version = found(package)
+        if version is None:
+            version = _by_import(_module(package))
         if version is None or _older(version, required):
             return Conflict(package, required, version)
     return None
