@@ -27,7 +27,9 @@ __all__ = [
     "concatenate",
     "dtype_with",
     "from_flat",
+    "group_and_place",
     "lengths",
+    "lengths_by_rank",
     "num_tokens",
     "pad",
     "pad_left",
@@ -88,7 +90,7 @@ def num_tokens(packed: PackedSequence) -> int:
 def lengths(packed: PackedSequence) -> Tensor:
     """Return the length of every sequence in original order: int64 ``[B]`` on the CPU."""
     check(packed)
-    by_rank = _lengths_by_rank(packed)
+    by_rank = lengths_by_rank(packed.batch_sizes)
     return by_rank if packed.unsorted_indices is None else by_rank[packed.unsorted_indices.cpu()]
 
 
@@ -238,7 +240,7 @@ def from_flat(flat: Tensor, lengths: Tensor, *, keep_order: bool = False) -> Pac
         starts = starts[sorted_indices]
     # At step t, all sequences are alive but those of at most t steps.
     batch_sizes = lengths.numel() - torch.bincount(lengths).cumsum(0)[:-1]
-    step, rank = _group_and_place(batch_sizes)
+    step, rank = group_and_place(batch_sizes)
     source = starts.index_select(0, rank) + step
     return PackedSequence(
         flat.index_select(0, source.to(flat.device)),
@@ -343,18 +345,17 @@ def _rank(packed: PackedSequence) -> Tensor:
     return packed.unsorted_indices.cpu()
 
 
-def _lengths_by_rank(packed: PackedSequence) -> Tensor:
+def lengths_by_rank(batch_sizes: Tensor) -> Tensor:
     """Return the lengths from the longest sequence down: int64 ``[B]``, CPU."""
-    sizes = packed.batch_sizes
     # Sequence r is alive at step t while batch_sizes[t] > r, and batch_sizes never increase.
-    over = torch.searchsorted(sizes.flip(0), torch.arange(_batch_size(packed), device="cpu"), right=True)
-    return sizes.numel() - over
+    ranks = torch.arange(int(batch_sizes[0]) if batch_sizes.numel() else 0, device="cpu")
+    return batch_sizes.numel() - torch.searchsorted(batch_sizes.flip(0), ranks, right=True)
 
 
 def _gather(packed: PackedSequence, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sequences of these ranks one after the other, and their lengths."""
-    chosen = _lengths_by_rank(packed)[ranks]
-    sequence, step = _group_and_place(chosen)
+    chosen = lengths_by_rank(packed.batch_sizes)[ranks]
+    sequence, step = group_and_place(chosen)
     first_rows = packed.batch_sizes.cumsum(0) - packed.batch_sizes
     source = first_rows.index_select(0, step) + ranks.index_select(0, sequence)
     return packed.data.index_select(0, source.to(packed.data.device)), chosen
@@ -362,11 +363,11 @@ def _gather(packed: PackedSequence, ranks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _positions(packed: PackedSequence) -> tuple[Tensor, Tensor]:
     """Return for every row of ``data`` its sequence in original order and its step: int64 ``[N]``, CPU."""
-    step, rank = _group_and_place(packed.batch_sizes)
+    step, rank = group_and_place(packed.batch_sizes)
     return (rank if packed.sorted_indices is None else packed.sorted_indices.cpu()[rank]), step
 
 
-def _group_and_place(sizes: Tensor) -> tuple[Tensor, Tensor]:
+def group_and_place(sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Return for groups of these sizes, one after the other, every element's group and its place there.
 
     Of ``batch_sizes`` these are the steps and the ranks of the rows of ``data``, of lengths the sequences and the

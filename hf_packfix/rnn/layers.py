@@ -18,28 +18,22 @@ from hf_packfix.rnn.stack import run
 __all__ = ["GRU", "LSTM", "RNN"]
 
 
-class LSTM(nn.LSTM):
+class _OnPacked(nn.RNNBase):
+    """What the three layers add to torch's."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Run the layer; see that of torch."""
+        result = run(self, input, hx)
+        return super().forward(input, hx) if result is None else result
+
+
+class LSTM(_OnPacked, nn.LSTM):
     """``nn.LSTM``, faster over packed sequences."""
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        """Run the layer; see ``nn.LSTM``."""
-        result = run(self, input, hx)
-        return super().forward(input, hx) if result is None else result
 
-
-class GRU(nn.GRU):
+class GRU(_OnPacked, nn.GRU):
     """``nn.GRU``, faster over packed sequences."""
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        """Run the layer; see ``nn.GRU``."""
-        result = run(self, input, hx)
-        return super().forward(input, hx) if result is None else result
 
-
-class RNN(nn.RNN):
+class RNN(_OnPacked, nn.RNN):
     """``nn.RNN``, faster over packed sequences."""
-
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        """Run the layer; see ``nn.RNN``."""
-        result = run(self, input, hx)
-        return super().forward(input, hx) if result is None else result

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_packfix.packed import group_and_place, lengths_by_rank
+
 __all__ = ["Chunk", "Schedule"]
 
 
@@ -95,8 +97,7 @@ class Schedule:
     @cached_property
     def reversal(self) -> Tensor:
         """For every row the row at the same distance from the other end of its sequence: int64 ``[N]``."""
-        steps = torch.repeat_interleave(self.batch_sizes)
-        ranks = torch.arange(self.rows, device="cpu") - self._offsets[steps]
+        steps, ranks = group_and_place(self.batch_sizes)
         return self._offsets[self._lengths[ranks] - 1 - steps] + ranks
 
     @cached_property
@@ -105,6 +106,4 @@ class Schedule:
 
     @cached_property
     def _lengths(self) -> Tensor:
-        # Rank r is alive at step t while batch_sizes[t] > r, and batch_sizes never increase.
-        over = torch.searchsorted(self.batch_sizes.flip(0), self.first_rows, right=True)
-        return len(self.sizes) - over
+        return lengths_by_rank(self.batch_sizes)
