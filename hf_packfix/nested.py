@@ -6,7 +6,7 @@ PackedSequence is a leaf: nothing here looks into its fields.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from numpy import ndarray
@@ -22,6 +22,7 @@ __all__ = [
     "contains_namedtuple",
     "graft",
     "is_namedtuple",
+    "packed_in",
     "rebuild",
     "replace",
     "sequences_of_keys",
@@ -42,10 +43,6 @@ def check_batch(batch: Any) -> bool:
         ValueError: naming the key and the fields.
     """
 
-    def checked(packed: PackedSequence) -> PackedSequence:
-        check(packed, wait=False)
-        return packed
-
     if type(batch) is not dict and not isinstance(batch, Mapping):
         return False
     found = False
@@ -54,7 +51,8 @@ def check_batch(batch: Any) -> bool:
         if type(value) not in LEAVES and contains(value):
             found = True
             try:
-                replace(checked, value)
+                for packed in packed_in(value):
+                    check(packed, wait=False)
             except ValueError as error:
                 raise ValueError(f"{key!r} in the batch: {error}") from None
     return found
@@ -66,15 +64,22 @@ def sequences_of_keys(batch: Mapping[str, Any]) -> dict[str, int]:
     Raises:
         ValueError: the fields of a PackedSequence contradict each other.
     """
-    found: dict[str, int] = {}
-    for key, value in batch.items():
+    firsts = {key: next(packed_in(value), None) for key, value in batch.items()}
+    return {key: batch_size(packed) for key, packed in firsts.items() if packed is not None}
 
-        def note(packed: PackedSequence, key: str = key) -> PackedSequence:
-            found.setdefault(key, batch_size(packed))
-            return packed
 
-        replace(note, value)
-    return found
+def packed_in(tree: Any) -> Iterator[PackedSequence]:
+    """Yield every PackedSequence in ``tree``, in the order in which :func:`replace` meets them."""
+    if type(tree) in LEAVES:
+        return
+    if isinstance(tree, PackedSequence):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from packed_in(item)
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from packed_in(value)
 
 
 def contains(tree: Any, kind: type = PackedSequence, leaves: Collection[type] = LEAVES) -> bool:

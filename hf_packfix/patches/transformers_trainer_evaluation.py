@@ -116,14 +116,14 @@ def _warn_of_dropped_indices(inputs: Mapping[str, Any], result: Any) -> None:
     """Warn if the model returned the packing of an input without its index tensors: its rows would be out of order."""
     import torch
 
-    from hf_packfix import nested
+    from hf_packfix.nested import packed_in
     from hf_packfix.packed import PackedSequence, same_packing
 
-    def check_output(output: PackedSequence) -> PackedSequence:
-        for key, value in inputs.items():
+    packed_inputs = {key: value for key, value in inputs.items() if isinstance(value, PackedSequence)}
+    for output in packed_in(result[1] if isinstance(result, tuple) and len(result) > 1 else None):
+        for key, value in packed_inputs.items():
             if (
-                isinstance(value, PackedSequence)
-                and (value.sorted_indices is None) != (output.sorted_indices is None)
+                (value.sorted_indices is None) != (output.sorted_indices is None)
                 and torch.equal(value.batch_sizes, output.batch_sizes)
                 and not same_packing(value, output)
             ):
@@ -135,9 +135,6 @@ def _warn_of_dropped_indices(inputs: Mapping[str, Any], result: Any) -> None:
                     f"x._replace(data=...), or PackedSequence(data, x.batch_sizes, x.sorted_indices, "
                     f"x.unsorted_indices); or let the collator sort the rows and pack with enforce_sorted=True"
                 )
-        return output
-
-    nested.replace(check_output, result[1] if isinstance(result, tuple) and len(result) > 1 else None)
 
 
 def _warn_of_uncovered_labels(trainer: Any, inputs: Mapping[str, Any]) -> None:
