@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from hf_packfix import versions
 from hf_packfix._version import __version__
-from hf_packfix.notices import HFPackfixWarning, is_main_process, warn_once
+from hf_packfix.notices import HFPackfixWarning, in_a_line, is_main_process, warn_once
 from hf_packfix.switch import ACCEPTED, FAST_RNN_VARIABLE, VARIABLE, switch, value
 from hf_packfix.switch import fast_rnn as environment_fast_rnn
 
@@ -224,17 +224,9 @@ def _catch_up() -> None:
     while _loaded and lock.acquire(blocking=False):
         try:
             while _loaded:
-                _put_on_loaded(_loaded.popleft())
+                _apply_pending(_loaded.popleft())
         finally:
             lock.release()
-
-
-def _put_on_loaded(name: str) -> None:
-    """Put on the patches of a module whose import hook has just run, and those that :func:`_apply_pending` does."""
-    global _torch_is_loaded
-    # While torch is being imported, modules of its own among them, no probe can tell anything: its hook comes last.
-    _torch_is_loaded = _torch_is_loaded or name == "torch"
-    _apply_pending(name)
 
 
 def _apply_pending(name: str = "") -> None:
@@ -244,10 +236,12 @@ def _apply_pending(name: str = "") -> None:
     those of typeguard and jaxtyping for the modules that one names. Never raises; the lock is the caller's.
 
     Args:
-        name: of a module that is loaded to its end though the import system is not through with it.
+        name: of a module whose import hook has just run: it is loaded to its end, though the import system is not
+            through with it.
     """
     global _torch_is_loaded
-    _torch_is_loaded = _torch_is_loaded or _is_complete("torch")
+    # While torch is being imported, modules of its own among them, no probe can tell anything: its hook comes last.
+    _torch_is_loaded = _torch_is_loaded or name == "torch" or _is_complete("torch")
     if _activated_by is None or not _torch_is_loaded:
         return
     try:
@@ -273,8 +267,7 @@ def _apply_pending(name: str = "") -> None:
         # Once: what is wrong with us fails in the hook of every module.
         if repr(error) not in _failures:
             _failures.add(repr(error))
-            message = " ".join(str(error).split())
-            _log_warning(f"hf_packfix could not patch {name or 'what is pending'}: {type(error).__name__}: {message}")
+            _log_warning(f"hf_packfix could not patch {name or 'what is pending'}: {in_a_line(error)}")
 
 
 def _with_cause(status: PatchStatus, module: str) -> PatchStatus:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hf_packfix.activation import Status, difference, status
+from hf_packfix.notices import in_a_line
 from hf_packfix.patches import FAST_RNN, PATCHES
 from hf_packfix.selftest import selftest
 from hf_packfix.switch import ACCEPTED, VARIABLE, switch, value
@@ -96,8 +97,7 @@ def examine(modules: Sequence[str]) -> Report:
         try:
             importlib.import_module("transformers.trainer_seq2seq")  # so that its patches are not pending
         except Exception as error:
-            message = " ".join(str(error).split())
-            problems.append(f"the Trainer cannot be imported: {type(error).__name__}: {message}")
+            problems.append(f"the Trainer cannot be imported: {in_a_line(error)}")
             modules, imported = (), False
     tested = "skipped: the Trainer cannot be imported" if not imported else "skipped: hf_packfix is not enabled"
     models: dict[str, str] = {}
@@ -163,8 +163,7 @@ def _check_models() -> tuple[dict[str, str], list[str]]:
         results = {name: f"failed: {failure}" if failure else "passed" for name, failure in selftest().items()}
         return results, deviations()
     except Exception as error:
-        message = " ".join(str(error).split())
-        return {"import": f"failed: {type(error).__name__}: {message}"}, []
+        return {"import": f"failed: {in_a_line(error)}"}, []
 
 
 def _startup_files() -> Iterator[tuple[str, str]]:

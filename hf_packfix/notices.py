@@ -7,7 +7,7 @@ import sys
 import warnings
 from types import FrameType
 
-__all__ = ["HFPackfixWarning", "is_main_process", "warn_once"]
+__all__ = ["HFPackfixWarning", "in_a_line", "is_main_process", "warn_once"]
 
 _warned: set[str] = set()
 
@@ -33,6 +33,11 @@ def warn_once(message: str, *, cause: str | None = None) -> None:
     if cause not in _warned and is_main_process():
         _warned.add(cause)
         warnings.warn(message, HFPackfixWarning, stacklevel=_stacklevel())
+
+
+def in_a_line(error: BaseException) -> str:
+    """Return the kind and the message of an error, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def is_main_process() -> bool:

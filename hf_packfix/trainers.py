@@ -9,6 +9,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from hf_packfix.activation import status
+from hf_packfix.notices import in_a_line
 from hf_packfix.patches import PATCHES
 
 __all__ = ["handled_apart", "load_lazy", "overridden_methods", "patched_methods"]
@@ -27,8 +28,7 @@ def load_lazy(module: ModuleType) -> Iterator[str]:
             try:
                 getattr(module, name)
             except Exception as error:
-                message = " ".join(str(error).split())
-                yield f"{module.__name__}.{name} cannot be loaded: {type(error).__name__}: {message}"
+                yield f"{module.__name__}.{name} cannot be loaded: {in_a_line(error)}"
 
 
 def patched_methods() -> dict[str, str]:
@@ -66,7 +66,7 @@ def handled_apart(package: str) -> Iterator[str]:
                 )
     functions = {patch.path: patch.target for patch in PATCHES if "." not in patch.path}
     for name, module in sorted(sys.modules.items()):
-        if name == package or name.startswith(f"{package}."):
+        if _is_within(name, package):
             for path, target in functions.items():
                 found = vars(module).get(path)
                 if isinstance(found, FunctionType) and found.__module__ == name:
@@ -84,13 +84,13 @@ def _subclasses(package: str) -> list[type[Any]]:
         waiting.extend(cls.__subclasses__())
         # A class of another module counts where this one shows it, as scripts do that import theirs.
         shown = vars(sys.modules[package]).get(cls.__name__) is cls
-        if (
-            (shown and not cls.__module__.startswith("transformers."))
-            or cls.__module__ == package
-            or cls.__module__.startswith(f"{package}.")
-        ):
+        if (shown and not cls.__module__.startswith("transformers.")) or _is_within(cls.__module__, package):
             found.append(cls)
     return sorted(found, key=lambda cls: (cls.__module__, cls.__qualname__))
+
+
+def _is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
 
 
 def _calls_super(cls: type[Any], method: str) -> bool:

@@ -31,6 +31,8 @@ from hf_packfix.models import (
     RecurrentModel,
 )
 from hf_packfix.models.upstream import (
+    CACHE_NAME,
+    CACHE_NAMES,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -39,6 +41,7 @@ from hf_packfix.models.upstream import (
     deviations,
     premature,
 )
+from hf_packfix.notices import in_a_line
 
 __all__ = ["CELLS", "CHECKS", "selftest"]
 
@@ -71,7 +74,7 @@ def selftest() -> dict[str, str]:
                     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
                         check(cell)
                 except Exception as error:
-                    failures[cell] = " ".join(f"{type(error).__name__}: {error}".split())
+                    failures[cell] = in_a_line(error)
             results[name] = "; ".join(f"{cell}: {failure}" for cell, failure in failures.items())
     finally:
         torch.set_rng_state(generator)
@@ -196,14 +199,13 @@ def generate(cell: str) -> None:
 
 
 def continue_from_the_state(cell: str) -> None:
-    """Reading a sequence in two parts, with the returned state, equals reading it at once; so does generating."""
+    """Reading a sequence in two parts, with the returned state, equals reading it at once."""
     (ids,) = _sequences(6)
     model = _model(RecurrentForCausalLM, cell).eval()
-    begun = model(ids[None, :4], use_cache=True)
-    for name in ("past_key_values", "cache"):
-        state = next(begun[key] for key in begun if key not in ("loss", "logits"))
-        rest = model(ids[None, 4:], **{name: state})
-        _close(rest.logits, model(ids[None]).logits[:, 4:], f"logits with {name}=")
+    at_once = model(ids[None]).logits[:, 4:]
+    state = model(ids[None, :4], use_cache=True)[CACHE_NAME]
+    for name in CACHE_NAMES:
+        _close(model(ids[None, 4:], **{name: state}).logits, at_once, f"logits with {name}=")
 
 
 def trainer_step(cell: str) -> None:
