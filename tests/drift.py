@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import os
 import re
 import subprocess
 import sys
@@ -129,15 +128,6 @@ def download(requirement: str, folder: Path) -> Path:
     return next(folder.glob(pattern))
 
 
-def row(requirement: str, findings: list[Finding]) -> str:
-    """Return a line of the table."""
-    distribution, _, version = requirement.partition("==")
-    absent = ", ".join(f"`{f.path}`" for f in findings if f.parameters is None and not f.problem)
-    problems = "; ".join(f"`{f.path}`: {f.problem}" for f in findings if f.problem)
-    present = sum(f.parameters is not None and not f.problem for f in findings)
-    return f"| {distribution} {version} | {present} of {len(findings)} | {absent or '-'} | {problems or '-'} |"
-
-
 def check_models(requirement: str, cache: Path) -> dict[str, str]:
     """Install a release of transformers and return, for every check of the models, what went wrong; empty if nothing.
 
@@ -148,9 +138,7 @@ def check_models(requirement: str, cache: Path) -> dict[str, str]:
     python = matrix.interpreter(cache)
     needs = [requirement, "wrapt", "importlib-metadata", "packaging", "psutil"]
     folder = matrix.fill(cache, requirement.replace("transformers==", "drift-"), needs, ["accelerate==1.15.0"])
-    environment = {key: value for key, value in os.environ.items() if key != "HF_PACKFIX"}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(folder), str(matrix.ROOT)]), "OMP_NUM_THREADS": "1"}
-    environment |= {"HF_HUB_OFFLINE": "1"}
+    environment = matrix.environment(folder) | {"HF_HUB_OFFLINE": "1"}
     command = [str(python), "-m", "hf_packfix.models.selftest"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     try:

@@ -50,9 +50,14 @@ def environment() -> dict[str, str]:
 
 
 def run(code: str, *, limit: float = 240) -> str:
-    """Run a program after :data:`TRAINING` and return what it printed; fail where it fails, or takes too long."""
+    """Run a program after :data:`TRAINING`; see :func:`interpret`."""
+    return interpret("-c", TRAINING + textwrap.dedent(code), limit=limit)
+
+
+def interpret(*arguments: str, limit: float = 240) -> str:
+    """Start an interpreter and return what it printed; fail if it fails, or takes too many seconds."""
     result = subprocess.run(
-        [sys.executable, "-c", TRAINING + textwrap.dedent(code)],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         env=environment(),

@@ -175,18 +175,24 @@ def fill(cache: Path, name: str, needs: list[str], alone: list[str]) -> Path:
     return target
 
 
+def environment(target: Path) -> dict[str, str]:
+    """Return the environment variables of a program that imports what is installed in a folder, and this package."""
+    inherited = {key: value for key, value in os.environ.items() if key != "HF_PACKFIX"}
+    return inherited | {"PYTHONPATH": os.pathsep.join([str(target), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+
+
 def run(pair: dict[str, str], target: Path, part: str, cache: Path) -> Result:
     """Run a part of the tests on a pair that is installed in a folder."""
     python = interpreter(cache)
     report = cache / f"{'-'.join(pair.values())}-{part}.xml"
     report.unlink(missing_ok=True)
     files = sorted(str(file) for stem in PARTS[part] for file in (ROOT / "tests").glob(f"test_{stem}.py"))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    del environment["HF_PACKFIX"]
     command = [str(python), "-m", "pytest", "-q", "--tb=short", "-m", "not slow", f"--junitxml={report}"]
     command += ["-p", "no:cacheprovider"]
     start = time.monotonic()
-    done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *files], cwd=ROOT, env=environment(target), capture_output=True, text=True, check=False
+    )
     seconds = time.monotonic() - start
     name, output = ", ".join(f"{key} {value}" for key, value in pair.items()), done.stdout + done.stderr
     if not report.exists():

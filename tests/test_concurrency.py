@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.interpreters import environment, run
+from tests.interpreters import interpret, run
 
 THREADS = """
 def together(togglers, toggle, trainers):
@@ -207,12 +205,4 @@ if __name__ == "__main__":
 """
     )
     # Of its own, so that a hanging child is a failure and not a hanging test.
-    result = subprocess.run(
-        [sys.executable, str(program), str(tmp_path), method],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=240,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    interpret(str(program), str(tmp_path), method)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.interpreters import environment
+from tests.interpreters import interpret
 
 #: A finder that loads the modules of some packages by itself, as those of typeguard, jaxtyping and comet_ml do.
 FINDER = """
@@ -51,17 +48,8 @@ PACKAGES = [
 ALL = ", ".join(["'torch'", "'accelerate'", "'transformers'"])
 
 
-def run(code: str, *options: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *options, "-c", FINDER + TRAIN + code],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run(code: str) -> None:
+    interpret("-c", FINDER + TRAIN + code)
 
 
 @pytest.mark.parametrize("packages", PACKAGES)
