@@ -118,7 +118,8 @@ class Scorer(PreTrainedModel):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.backbone = Backbone(config)
-        self.score = nn.Linear(HIDDEN, 1)
+        # No bias: it cancels in the loss, and Adam would scale the rounding noise of its gradient to a whole step.
+        self.score = nn.Linear(HIDDEN, 1, bias=False)
         self.post_init()
 
     def forward(self, input_ids: Any, attention_mask: Tensor, **kwargs: Any) -> SequenceClassifierOutput:
