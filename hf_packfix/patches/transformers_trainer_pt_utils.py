@@ -214,6 +214,9 @@ def container_add(original: Function, patch: Patch) -> Function:
     def add(self: Any, tensors: Any) -> None:
         pieces = getattr(self, _PIECES, None)
         if pieces is None:
+            if tensors is None:  # `preprocess_logits_for_metrics` may drop the logits: the original keeps nothing
+                original(self, tensors)
+                return
             if patch.active and nested.contains(tensors):  # nobody has asked for a rectangle so far
                 tensors = nested.replace(lambda packed: pad(packed, self.padding_index, promote=True), tensors)
             apart = any_remembered(tensors) or loop_is_packed()
