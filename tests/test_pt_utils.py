@@ -46,6 +46,16 @@ def test_smoothing_over_packs_is_smoothing_over_their_rectangles(shift_labels, w
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("shift_labels", [False, True])
+@pytest.mark.parametrize("labels_are_packed", [False, True])
+def test_smoothing_over_the_bare_logits_of_a_model(shift_labels, labels_are_packed):
+    # As many classes as steps: taken for a tuple, the rows of the data would pass for padded logits.
+    logits, labels = logits_and_labels()
+    expected = LabelSmoother()({"logits": pad(logits)}, pad(labels, -100), shift_labels=shift_labels)
+    found = LabelSmoother()(logits, labels if labels_are_packed else pad(labels, -100), shift_labels=shift_labels)
+    torch.testing.assert_close(found, expected)
+
+
 def test_smoothing_names_lengths_that_differ():
     logits, _ = logits_and_labels()
     other = pack_sequence([torch.tensor([1]), torch.tensor([2, 2, 1]), torch.tensor([0, 1])], enforce_sorted=False)

@@ -37,7 +37,10 @@ def smooth_labels(original: Function, patch: Patch) -> Function:
         self: Any, model_output: Any, labels: Any, shift_labels: bool = False, **kwargs: Any
     ) -> Any:
         if patch.active:
-            logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+            if isinstance(model_output, PackedSequence):
+                logits: Any = model_output  # not a tuple of outputs, whose first would be its data
+            else:
+                logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
             if isinstance(logits, PackedSequence) or isinstance(labels, PackedSequence):
                 if (
                     not shift_labels
