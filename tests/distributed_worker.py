@@ -197,7 +197,8 @@ def gathering(packed: bool) -> dict[str, Any]:
     if not packed:  # what stock makes of the same rows, once padded to one width by hand
         everyone = [sequence for rank in range(accelerator.num_processes) for sequence in of_rank(rank)]
         return dict.fromkeys(
-            ("gather", "nested", "metrics", "padded"), listed(pad_sequence(everyone, True, padding_value=-100))
+            ("gather", "nested", "metrics", "padded", "bytes"),
+            listed(pad_sequence(everyone, True, padding_value=-100)),
         )
     padded = accelerator.pad_across_processes({"x": value}, dim=1, pad_index=-100)["x"]
     return {
@@ -205,6 +206,7 @@ def gathering(packed: bool) -> dict[str, Any]:
         "nested": listed(accelerator.gather([{"x": (value,)}])[0]["x"][0]),
         "metrics": listed(accelerator.gather_for_metrics(value)),
         "padded": listed(accelerator.gather(padded)),
+        "bytes": listed(accelerator.gather(value._replace(data=value.data.byte()))),
     }
 
 

@@ -275,6 +275,24 @@ def test_gathering_lengths_with_another_process(monkeypatch, changed):
         assert ragged.lengths_of(found["rectangle"]).tolist() == [2, 1, 2, 1]
 
 
+def test_bytes_are_gathered_in_a_dtype_that_can_be_sent(monkeypatch):
+    sent = []
+
+    def from_two_processes(tree: Any) -> Any:
+        sent.append(tree)
+        return torch.cat([tree, tree])
+
+    patch = accelerate_utils_operations.gather
+    monkeypatch.setattr(patch, "active", True)
+    rectangle = ragged.remember(torch.tensor([[1, 200], [3, -100]], dtype=torch.int16), torch.tensor([2, 1]))
+    found = patch._make(from_two_processes, patch)(rectangle)
+    assert sent[0].dtype == torch.int32
+    assert found.dtype == torch.int16
+    assert torch.equal(found, torch.cat([rectangle, rectangle]))
+    assert ragged.lengths_of(found).tolist() == [2, 1, 2, 1]
+    assert patch._make(lambda tree: tree, patch)(rectangle) is rectangle  # in a single process
+
+
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_container_gives_all_it_holds_after_disabling(moved):
     def rectangles() -> list[Any]:

@@ -278,14 +278,19 @@ def pad_across_processes(original: Function, patch: Patch) -> Function:
 def gather(original: Function, patch: Patch) -> Function:
     """Gather ``[B, T, *]`` of every process, T being that of the longest sequence of all.
 
-    The lengths of rectangles that remember them are gathered, too, and the result remembers those of all.
+    The lengths of rectangles that remember them are gathered, too, and the result remembers those of all. Rectangles
+    of int16, which bytes become that are padded with -100, are sent as int32: neither gloo nor nccl sends int16.
     """
     import torch
 
     from hf_packfix import nested
     from hf_packfix.ragged import is_remembered, lengths_of, remember
 
+    def is_short(leaf: Any) -> bool:
+        return is_remembered(leaf) and leaf.dtype == torch.int16
+
     def whole(own: Tensor, gathered: Tensor) -> Tensor:
+        gathered = gathered.to(own.dtype)
         known = lengths_of(own)
         # Every process sends, whether or not its rectangle was changed since: the others wait for it.
         sent = torch.full((len(own),), -1, device="cpu") if known is None else known
@@ -302,9 +307,10 @@ def gather(original: Function, patch: Patch) -> Function:
             tensor = nested.replace(
                 lambda packed: operations.pad_across_processes(packed, dim=1, pad_index=-100), tensor
             )
-        gathered = original(tensor)
-        if gathered is tensor:  # a single process: the same objects
-            return gathered
+        sent = nested.graft(lambda short, _: short.int(), tensor, tensor, is_short)
+        gathered = original(sent)
+        if gathered is sent:  # a single process: the same objects
+            return tensor
         return nested.graft(whole, tensor, gathered, is_remembered)
 
     return gather
