@@ -209,8 +209,14 @@ def _rectangle(pieces: Sequence[Strip | Tensor], padding: float) -> Tensor:
         return torch.cat(tensors)
     heights = [len(piece.lengths) if isinstance(piece, Strip) else len(piece) for piece in pieces]
     widths = list(map(_width, pieces))
-    like = pieces[0].flat if isinstance(pieces[0], Strip) else pieces[0]
-    trailing = like.shape[1:] if isinstance(pieces[0], Strip) else like.shape[2:]
+    trailing, *others = {piece.flat.shape[1:] if isinstance(piece, Strip) else piece.shape[2:] for piece in pieces}
+    if others:  # torch would broadcast some of them
+        found = ", ".join(sorted(str(list(shape)) for shape in (trailing, *others)))
+        raise ValueError(
+            f"the batches of an evaluation must agree in what follows [B, T], found {found}: let the model or "
+            f"preprocess_logits_for_metrics return the same features in every batch, or pass "
+            f"TrainingArguments(eval_do_concat_batches=False)"
+        )
     result = torch.full((sum(heights), max(widths), *trailing), padding, dtype=_common_dtype(pieces), device="cpu")
     top = 0
     for piece, height, width in zip(pieces, heights, widths, strict=True):

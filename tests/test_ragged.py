@@ -275,6 +275,16 @@ def test_gathering_lengths_with_another_process(monkeypatch, changed):
         assert ragged.lengths_of(found["rectangle"]).tolist() == [2, 1, 2, 1]
 
 
+@pytest.mark.parametrize("shapes", [[(3,), (1,)], [(1,), (3,)], [(), (1,)]], ids=str)
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_batches_that_differ_in_their_features_are_not_broadcast(shapes, forgotten):
+    pieces = [pack_sequence([torch.ones(1, *shape)]) for shape in shapes]  # one step, which fits into any other
+    trees = [rectangles(piece) for piece in pieces]
+    trees[1] = forgetful(trees[1]) if forgotten else trees[1]
+    with pytest.raises(ValueError, match=r"must agree in what follows \[B, T\], found \["):
+        collect(trees)
+
+
 def test_bytes_are_gathered_in_a_dtype_that_can_be_sent(monkeypatch):
     sent = []
 
