@@ -7,7 +7,6 @@ All scenarios share one launch, since starting the processes costs more than wha
 
 from __future__ import annotations
 
-import faulthandler
 import inspect
 import json
 import sys
@@ -28,13 +27,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import hf_packfix
 from hf_packfix import packed as packing
-from tests import oracle
+from tests import oracle, stuck
 from tests.oracle import Row, rows
 
 LONGEST = 9
-
-#: After how many seconds a process is stuck; all scenarios take 15 to 60.
-STUCK = 200
 
 
 class Stream(IterableDataset):
@@ -289,8 +285,7 @@ def scenarios() -> Iterator[tuple[str, Callable[[bool], Any]]]:
 
 
 def main(directory: Path) -> None:
-    # A process that waits for another one for good says where, and ends.
-    faulthandler.dump_traceback_later(STUCK, exit=True)
+    stuck.answer()
     torch.set_num_threads(1)
     # accelerate before 0.30 prepares no data loader without one.
     assert Accelerator(cpu=True).num_processes > 1
@@ -304,7 +299,6 @@ def main(directory: Path) -> None:
     rank = PartialState().process_index
     (directory / f"rank{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
-    faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":
