@@ -12,7 +12,7 @@ on the device of ``data`` (``torch/nn/utils/rnn.py``, class ``PackedSequence``).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ def batch_size(packed: PackedSequence) -> int:
     """Return B, the number of sequences.
 
     Raises:
+        TypeError: ``packed`` is not a PackedSequence.
         ValueError: the fields of ``packed`` contradict each other.
     """
     check(packed, wait=False)
@@ -81,6 +82,7 @@ def num_tokens(packed: PackedSequence) -> int:
     """Return N, the number of real steps over all sequences; trailing dimensions do not count.
 
     Raises:
+        TypeError: ``packed`` is not a PackedSequence.
         ValueError: the fields of ``packed`` contradict each other.
     """
     check(packed, wait=False)
@@ -269,12 +271,16 @@ def concatenate(pieces: Sequence[PackedSequence]) -> PackedSequence:
     """Return one PackedSequence with the sequences of all pieces, in their original orders.
 
     Raises:
+        TypeError: ``pieces`` holds something else, or is itself a PackedSequence.
         ValueError: there is no piece.
         RuntimeError: the pieces differ in trailing shape (torch's own message).
     """
+    if isinstance(pieces, PackedSequence):
+        raise TypeError("expected a list of PackedSequences, found a single one: put it into a list")
     if not pieces:
         raise ValueError("there is nothing to concatenate: expected at least one PackedSequence")
     if len(pieces) == 1:
+        check(pieces[0], wait=False)
         return pieces[0]
     flats, all_lengths = zip(*map(to_flat, pieces), strict=True)
     return from_flat(
@@ -295,10 +301,13 @@ def check(packed: PackedSequence, *, wait: bool = True) -> None:
         wait: look at index tensors that are not on the CPU, too, which waits for their device.
 
     Raises:
+        TypeError: ``packed`` is not a PackedSequence.
         ValueError: ``batch_sizes`` are not int64 ``[T]``, do not sum to the rows of ``data``, increase, or fall below
             1; there is one index tensor without the other, they are not int64 ``[B]``, or not the inverse
             permutations of each other.
     """
+    if not isinstance(packed, PackedSequence):
+        raise _not_packed(packed)
     data, batch_sizes, sorted_indices, unsorted_indices = packed
     if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
         raise _inconsistent(f"its batch_sizes must be int64 [T], found {batch_sizes.dtype} {list(batch_sizes.shape)}")
@@ -327,6 +336,24 @@ def check(packed: PackedSequence, *, wait: bool = True) -> None:
                 f"its sorted_indices and unsorted_indices must be inverse permutations of each other, found "
                 f"{there} and {back}"
             )
+
+
+def _not_packed(value: Any) -> TypeError:
+    if isinstance(value, Tensor):
+        cure = (
+            "pack a padded tensor [B, T, *] with torch.nn.utils.rnn.pack_padded_sequence(tensor, lengths, "
+            "batch_first=True, enforce_sorted=False)"
+        )
+    elif isinstance(value, tuple) and value and isinstance(value[0], PackedSequence):
+        cure = "it is the first item of this tuple, as recurrent layers return (output, state)"
+    elif isinstance(value, Mapping):
+        cure = "pass one of the values"
+    else:
+        cure = (
+            "pack a list of tensors [T, *] with torch.nn.utils.rnn.pack_sequence(tensors, enforce_sorted=False), or "
+            "let DataCollatorForPackedSequence pack the rows of a data set"
+        )
+    return TypeError(f"expected a PackedSequence, found {type(value).__name__}: {cure}")
 
 
 def _inconsistent(what: str) -> ValueError:
