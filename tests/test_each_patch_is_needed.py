@@ -20,6 +20,7 @@ from hf_packfix.ragged import Pieces
 from tests import (
     test_distributed,
     test_evaluate,
+    test_label_names,
     test_models,
     test_prepare_input,
     test_ragged,
@@ -51,6 +52,12 @@ def same_labels(convert: Callable[[Any], Any]) -> Callable[[Any], None]:
 
 def input_tokens(directory: Any) -> None:
     test_train.test_input_tokens_seen_are_the_sum_of_the_lengths(directory, "all", False, False, dict)
+
+
+def labels_under_another_name(directory: Any) -> None:
+    test_label_names.test_the_target_is_named_and_the_advice_gives_the_loss(
+        directory, test_label_names.OtherNames, "targets", "tokens", metrics=False
+    )
 
 
 def truncated(labels: Any) -> Any:
@@ -111,8 +118,8 @@ NEEDED_BY: dict[str, Callable[[Any], None]] = {
     ),
     "Trainer.get_batch_samples": input_tokens,
     "Trainer.compute_loss": lambda d: test_models.test_label_smoothing_smooths_the_next_token(d, "left", 2),
-    "Trainer.evaluation_loop": test_evaluate.test_labels_under_another_name_are_named_once,
-    "Trainer.prediction_step": test_evaluate.test_labels_under_another_name_are_named_once,
+    "Trainer.evaluation_loop": labels_under_another_name,
+    "Trainer.prediction_step": labels_under_another_name,
     "LabelSmoother.__call__": lambda d: test_train.test_label_smoothing(d, 1),
     "nested_detach": lambda d: test_evaluate.compare(d, Tagger, rows()),
     "nested_concat": same_labels(lambda labels: nested_concat(labels, labels, padding_index=-100)),

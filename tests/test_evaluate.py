@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
 
 import accelerate
@@ -38,6 +37,7 @@ from tests.oracle import (
     train,
     transformers_from,
 )
+from tests.warned import messages
 
 
 class Recorder:
@@ -440,81 +440,6 @@ def test_hyperparameter_search(tmp_path):
     assert best.hyperparameters == expected.hyperparameters
     assert values == pytest.approx(also, rel=1e-4)
     assert best.objective == pytest.approx(expected.objective, rel=1e-4)
-
-
-# --- the label-name trap --------------------------------------------------------------------------------
-
-
-class OtherNames(PlainTagger):
-    def forward(self, x, targets=None):
-        result = super().forward(x, targets)
-        result.pop("loss", None)
-        return result
-
-
-def renamed(features: list[Row]) -> dict[str, Any]:
-    batch = packed_batch(features)
-    return {"x": batch["input_ids"], "targets": batch["labels"]}
-
-
-def messages(trainer: Trainer, method: str, data: Any) -> list[str]:
-    hf_packfix.notices._warned.clear()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            getattr(trainer, method)(data)
-    return [str(w.message) for w in caught if w.category is hf_packfix.HFPackfixWarning]
-
-
-def test_labels_under_another_name_are_named_once(tmp_path):
-    trainer = new_trainer(
-        tmp_path, OtherNames, rows(), renamed, options={"compute_metrics": Recorder()}, remove_unused_columns=False
-    )
-    (message,) = messages(trainer, "evaluate", None)
-    assert "label_names is []" in message
-    assert "['x', 'targets']" in message
-    assert "TrainingArguments(label_names=['targets'])" in message
-    assert messages(trainer, "predict", rows()) == []
-
-
-def test_a_step_outside_of_an_evaluation_warns_of_nothing(tmp_path):
-    trainer = new_trainer(
-        tmp_path, OtherNames, rows(), renamed, options={"compute_metrics": Recorder()}, remove_unused_columns=False
-    )
-    batch = renamed(rows(3))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", hf_packfix.HFPackfixWarning)
-        trainer.prediction_step(trainer.model, batch, False)
-
-
-def test_labels_beside_what_a_label_name_covers(tmp_path):
-    def two_targets(features):
-        batch = packed_batch(features)
-        return {"x": batch["input_ids"], "more": batch["input_ids"], "targets": batch.pop("labels")}
-
-    trainer = new_trainer(
-        tmp_path,
-        OtherNames,
-        rows(),
-        two_targets,
-        options={"compute_metrics": Recorder()},
-        remove_unused_columns=False,
-        label_names=["labels", "scores"],
-    )
-    trainer.model.forward = lambda x, more, targets: OtherNames.forward(trainer.model, x, targets)
-    (message,) = messages(trainer, "evaluate", None)
-    assert "label_names is ['labels', 'scores'], the batch has the keys ['x', 'more', 'targets']" in message
-    assert "no label name covers ['x', 'more', 'targets']" in message
-    assert "TrainingArguments(label_names=['targets'])" in message
-
-
-def test_no_word_where_there_is_nothing_to_say(tmp_path):
-    named = new_trainer(
-        tmp_path, PlainTagger, rows(), packed_batch, options={"compute_metrics": Recorder()}, label_names=["labels"]
-    )
-    assert messages(named, "evaluate", None) == []
-    no_metrics = new_trainer(tmp_path, OtherNames, rows(), renamed, remove_unused_columns=False)
-    assert messages(no_metrics, "evaluate", None) == []
 
 
 # --- what would be wrong in silence ---------------------------------------------------------------------

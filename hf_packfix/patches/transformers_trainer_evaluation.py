@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from hf_packfix.notices import warn_once
+from hf_packfix.patches.label_names import warn_of_uncovered_labels
 from hf_packfix.patches.patch import Function, Patch, patch
 
 __all__ = ["PATCHES"]
@@ -57,8 +58,7 @@ def prediction_step(original: Function, patch: Patch) -> Function:
         if not (patch.active and check_batch(inputs)):
             return original(self, model, inputs, *args, **kwargs)
         if _evaluating.get():
-            if self.compute_metrics is not None:
-                _warn_of_uncovered_labels(self, inputs)
+            warn_of_uncovered_labels(self, inputs)
             _warn_of_several_batch_sizes(inputs)
         with _bare_outputs_in_a_tuple(self):
             result = original(self, model, inputs, *args, **kwargs)
@@ -135,22 +135,6 @@ def _warn_of_dropped_indices(inputs: Mapping[str, Any], result: Any) -> None:
                     f"x._replace(data=...), or PackedSequence(data, x.batch_sizes, x.sorted_indices, "
                     f"x.unsorted_indices); or let the collator sort the rows and pack with enforce_sorted=True"
                 )
-
-
-def _warn_of_uncovered_labels(trainer: Any, inputs: Mapping[str, Any]) -> None:
-    names = trainer.label_names
-    if names and all(inputs.get(name) is not None for name in names):
-        return
-    from hf_packfix import nested
-
-    known = {*names, getattr(trainer.model, "main_input_name", "input_ids"), "attention_mask"}
-    packed = [key for key, value in inputs.items() if key not in known and nested.contains(value)]
-    if packed:
-        warn_once(
-            f"compute_metrics is not called, and the loss may be missing: no label was found in the batch. "
-            f"label_names is {list(names)}, the batch has the keys {list(inputs)}, and no label name covers "
-            f"{packed}. If one of the keys is the target, pass it: TrainingArguments(label_names=[{packed[-1]!r}])"
-        )
 
 
 PATCHES = (evaluation_loop, prediction_step)
