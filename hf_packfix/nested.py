@@ -6,7 +6,7 @@ PackedSequence is a leaf: nothing here looks into its fields.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from numpy import ndarray
@@ -17,6 +17,7 @@ from hf_packfix.packed import batch_size, check
 
 __all__ = [
     "LEAVES",
+    "check_alike",
     "check_batch",
     "contains",
     "contains_namedtuple",
@@ -34,19 +35,20 @@ LEAVES = frozenset({Tensor, ndarray, str, int, float, bool, type(None)})
 
 
 def check_batch(batch: Any) -> bool:
-    """Tell whether a batch is a mapping with a PackedSequence in it, none of which contradicts itself.
+    """Check every PackedSequence in a batch; return whether the batch is a mapping with one in it.
 
-    What contradicts is in :func:`hf_packfix.packed.check`. Index tensors on another device than the CPU are taken as
-    they are, so that no step waits for one.
+    What makes one inconsistent is in :func:`hf_packfix.packed.check`. Index tensors on another device than the CPU are
+    taken as they are, so that no step waits for one.
+
+    Args:
+        batch: a mapping, or any nesting of lists, tuples and mappings.
 
     Raises:
-        ValueError: naming the key and the fields.
+        ValueError: naming the key, or the position in a list or tuple, and the fields.
     """
-
-    if type(batch) is not dict and not isinstance(batch, Mapping):
-        return False
+    is_mapping = type(batch) is dict or isinstance(batch, Mapping)
     found = False
-    for key, value in batch.items():
+    for name, value in batch.items() if is_mapping else _named_items(batch):
         # The first half says no more than the second, without a call: everybody's every batch comes through here.
         if type(value) not in LEAVES and contains(value):
             found = True
@@ -54,8 +56,37 @@ def check_batch(batch: Any) -> bool:
                 for packed in packed_in(value):
                     check(packed, wait=False)
             except ValueError as error:
-                raise ValueError(f"{key!r} in the batch: {error}") from None
-    return found
+                raise ValueError(f"{repr(name) if is_mapping else name} in the batch: {error}") from None
+    return found and is_mapping
+
+
+def check_alike(batches: Sequence[Any]) -> None:
+    """Check every PackedSequence in batches that are to be concatenated, and that those of one key have like steps.
+
+    Raises:
+        ValueError: naming the key, or the position in a list or tuple, and the batch.
+    """
+    for batch in batches:
+        check_batch(batch)
+    for number, batch in enumerate(batches):
+        for (name, first), (_, other) in zip(_named_items(batches[0]), _named_items(batch), strict=False):
+            for one, another in zip(packed_in(first), packed_in(other), strict=False):
+                expected, found = list(one.data.shape[1:]), list(another.data.shape[1:])
+                if found != expected:
+                    raise ValueError(
+                        f"{name} has steps of shape {found} in batch {number}, but {expected} in batch 0: batches "
+                        f"can be concatenated only if the steps of a key have one shape"
+                    )
+
+
+def _named_items(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what a batch holds, with the words for its place in an error."""
+    if isinstance(tree, Mapping):
+        yield from ((repr(key), value) for key, value in tree.items())
+    elif isinstance(tree, (tuple, list)) and not isinstance(tree, PackedSequence):
+        fields = getattr(tree, "_fields", None)
+        names = map(repr, fields) if fields else (f"position {place}" for place in range(len(tree)))
+        yield from zip(names, tree, strict=True)
 
 
 def sequences_of_keys(batch: Mapping[str, Any]) -> dict[str, int]:

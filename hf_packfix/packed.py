@@ -272,8 +272,7 @@ def concatenate(pieces: Sequence[PackedSequence]) -> PackedSequence:
 
     Raises:
         TypeError: ``pieces`` holds something else, or is itself a PackedSequence.
-        ValueError: there is no piece.
-        RuntimeError: the pieces differ in trailing shape (torch's own message).
+        ValueError: there is no piece, or pieces differ in the shape ``*`` of their steps.
     """
     if isinstance(pieces, PackedSequence):
         raise TypeError("expected a list of PackedSequences, found a single one: put it into a list")
@@ -283,6 +282,13 @@ def concatenate(pieces: Sequence[PackedSequence]) -> PackedSequence:
         check(pieces[0], wait=False)
         return pieces[0]
     flats, all_lengths = zip(*map(to_flat, pieces), strict=True)
+    steps = [list(flat.shape[1:]) for flat in flats]
+    for number, shape in enumerate(steps):
+        if shape != steps[0]:
+            raise ValueError(
+                f"PackedSequences can be concatenated only if their steps have one shape: those of number 0 have "
+                f"{steps[0]}, those of number {number} have {shape}"
+            )
     return from_flat(
         torch.cat(flats),
         torch.cat(all_lengths),

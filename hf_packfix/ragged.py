@@ -29,6 +29,7 @@ __all__ = [
     "lengths_of",
     "loop_is_packed",
     "note_packed",
+    "note_steps",
     "remember",
 ]
 
@@ -37,7 +38,11 @@ _ATTRIBUTE = "_hf_packfix_lengths"
 
 
 class _Loop:
-    packed = False
+    def __init__(self) -> None:
+        self.packed = False
+        #: The shape of the steps of what is packed, by name: in the first batch that had the name, and in this one.
+        self.first: dict[str, list[int]] = {}
+        self.now: dict[str, list[int]] = {}
 
 
 _loop: ContextVar[_Loop | None] = ContextVar("hf_packfix_evaluation_loop", default=None)
@@ -58,6 +63,14 @@ def note_packed() -> None:
     loop = _loop.get()
     if loop is not None:
         loop.packed = True
+
+
+def note_steps(steps: Mapping[str, list[int]]) -> None:
+    """Note the shape of the steps of what is packed in a batch, by name, for the error about shapes that differ."""
+    loop = _loop.get()
+    if loop is not None:
+        loop.now = dict(steps)
+        loop.first = {**steps, **loop.first}
 
 
 def loop_is_packed() -> bool:
@@ -125,8 +138,15 @@ class Pieces:
         self._on_cpu = 0  # how many of them, from the first on
 
     def add(self, tree: Any) -> None:
-        """Keep a batch: the real steps of rectangles that know their lengths, the rest as it is."""
-        self._batches.append(_strip(tree, self._padding))
+        """Keep a batch: the real steps of rectangles that know their lengths, the rest as it is.
+
+        Raises:
+            ValueError: the steps of a PackedSequence have another shape than in the first batch.
+        """
+        batch = _strip(tree, self._padding)
+        if self._batches:
+            _check_steps(self._batches[0], batch, len(self._batches))
+        self._batches.append(batch)
 
     def to_cpu(self) -> None:
         """Move everything to the CPU."""
@@ -155,6 +175,36 @@ def _strip(tree: Any, padding: float) -> Any:
     if isinstance(tree, Mapping):
         return type(tree)({key: _strip(value, padding) for key, value in tree.items()})  # type: ignore[call-arg]
     return rebuild(tree, [_strip(item, padding) for item in tree]) if isinstance(tree, (tuple, list)) else tree
+
+
+def _check_steps(first: Any, batch: Any, number: int, name: str = "") -> None:
+    """Raise if the steps of a batch would not fit into the result; a trailing dimension of one would be repeated."""
+    if isinstance(first, Mapping) and isinstance(batch, Mapping):
+        for key in first.keys() & batch.keys():
+            _check_steps(first[key], batch[key], number, repr(key))
+    elif isinstance(first, (tuple, list)) and isinstance(batch, (tuple, list)):
+        for place, pair in enumerate(zip(first, batch, strict=False)):
+            _check_steps(*pair, number, f"position {place}")
+    elif isinstance(first, Strip) or isinstance(batch, Strip):
+        expected, found = _steps(first), _steps(batch)
+        if found != expected:
+            raise ValueError(
+                f"{_names(found, expected) or name or 'what the model returns'} has steps of shape {found} in batch "
+                f"{number} of the evaluation, but {expected} in batch 0: batches can be joined only if their steps "
+                f"have one shape"
+            )
+
+
+def _steps(leaf: Any) -> list[int] | None:
+    if isinstance(leaf, Strip):
+        return list(leaf.flat.shape[1:])
+    return list(leaf.shape[2:]) if isinstance(leaf, Tensor) else None
+
+
+def _names(found: list[int] | None, expected: list[int] | None) -> str:
+    """Return the names in the batch of what changed from one shape to the other."""
+    loop = _loop.get() or _Loop()
+    return " and ".join(name for name, now in loop.now.items() if (now, loop.first[name]) == (found, expected))
 
 
 def _to_cpu(tree: Any) -> Any:

@@ -42,12 +42,18 @@ def _lengths(packed: PackedSequence) -> Any:
 )
 def find_batch_size(original: Function, patch: Patch) -> Function:
     """Count the sequences; the original calls itself by its global name for what is nested."""
+    from hf_packfix.nested import check_batch
     from hf_packfix.packed import PackedSequence, batch_size
 
     def find_batch_size(data: Any) -> Any:
         if isinstance(data, PackedSequence) and patch.active:
             return batch_size(data)
-        return original(data)
+        try:
+            return original(data)
+        except ValueError:
+            if patch.active:
+                check_batch(data)
+            raise
 
     return find_batch_size
 
@@ -105,13 +111,21 @@ def concatenate(original: Function, patch: Patch) -> Function:
 
     Raises:
         TypeError: along another dimension, or with something that is not packed.
+        ValueError: naming key and batch, the steps differ in shape, or a PackedSequence is inconsistent.
     """
     from hf_packfix import packed
+    from hf_packfix.nested import check_alike
     from hf_packfix.packed import PackedSequence
 
     def concatenate(data: Any, dim: int = 0) -> Any:
-        if not (patch.active and any(isinstance(item, PackedSequence) for item in data)):
+        if not patch.active:
             return original(data, dim=dim)
+        if not any(isinstance(item, PackedSequence) for item in data):
+            try:
+                return original(data, dim=dim)
+            except ValueError:
+                check_alike(data)
+                raise
         others = {type(item).__name__ for item in data if not isinstance(item, PackedSequence)}
         if others:
             raise TypeError(f"can only concatenate a PackedSequence with its like, found {', '.join(sorted(others))}")

@@ -53,6 +53,7 @@ def prediction_step(original: Function, patch: Patch) -> Function:
         ValueError: the fields of a PackedSequence contradict each other.
     """
     from hf_packfix.nested import check_batch
+    from hf_packfix.ragged import note_steps
 
     def prediction_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if not (patch.active and check_batch(inputs)):
@@ -62,6 +63,7 @@ def prediction_step(original: Function, patch: Patch) -> Function:
             _warn_of_several_batch_sizes(inputs)
         with _bare_outputs_in_a_tuple(self):
             result = original(self, model, inputs, *args, **kwargs)
+        note_steps(_steps_by_name(inputs, result))
         _warn_of_dropped_indices(inputs, result)
         return result
 
@@ -110,6 +112,20 @@ def _warn_of_several_batch_sizes(inputs: Mapping[str, Any]) -> None:
             f"put the key first whose sequences are the rows of the data set",
             cause=f"several batch sizes: {list(sizes)}",
         )
+
+
+def _steps_by_name(inputs: Mapping[str, Any], result: Any) -> dict[str, list[int]]:
+    """Return the shape of the steps of each packed key of a batch, and of what the model returned for it."""
+    from hf_packfix.packed import PackedSequence
+
+    outputs = result[1] if isinstance(result, tuple) and len(result) > 1 else None
+    several = isinstance(outputs, tuple) and not isinstance(outputs, PackedSequence)
+    named = [(repr(key), value) for key, value in inputs.items()]
+    if several:
+        named += [(f"output {place} of the model", output) for place, output in enumerate(outputs)]
+    else:
+        named.append(("the output of the model", outputs))
+    return {name: list(value.data.shape[1:]) for name, value in named if isinstance(value, PackedSequence)}
 
 
 def _warn_of_dropped_indices(inputs: Mapping[str, Any], result: Any) -> None:

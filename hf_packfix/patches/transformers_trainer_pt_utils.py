@@ -118,7 +118,11 @@ def nested_detach(original: Function, patch: Patch) -> Function:
     handled=lambda original: original(probe.packed(), probe.packed()).shape == (4, 2),
 )
 def nested_concat(original: Function, patch: Patch) -> Function:
-    """Concatenate ``[B, T, *]`` and ``[B', T', *]`` to ``[B + B', max(T, T'), *]``, in original order."""
+    """Concatenate ``[B, T, *]`` and ``[B', T', *]`` to ``[B + B', max(T, T'), *]``, in original order.
+
+    Raises:
+        ValueError: the trailing dimensions ``*`` differ; the original would repeat a dimension of size one.
+    """
     from hf_packfix.nested import is_namedtuple, rebuild
     from hf_packfix.packed import PackedSequence, pad
 
@@ -128,6 +132,12 @@ def nested_concat(original: Function, patch: Patch) -> Function:
                 tensors = pad(tensors, padding_index, promote=True)
             if isinstance(new_tensors, PackedSequence):
                 new_tensors = pad(new_tensors, padding_index, promote=True)
+                # The original gives the wrapper every leaf, without its key.
+                if tensors.shape[2:] != new_tensors.shape[2:]:
+                    raise ValueError(
+                        f"batches can be concatenated only if their steps have one shape: those of a batch have "
+                        f"{list(new_tensors.shape[2:])}, those before it {list(tensors.shape[2:])}"
+                    )
             if isinstance(tensors, tuple) and is_namedtuple(tensors) and type(tensors) is type(new_tensors):
                 pairs = zip(tensors, new_tensors, strict=True)
                 return rebuild(tensors, [nested_concat(old, new, padding_index) for old, new in pairs])
@@ -187,13 +197,22 @@ def nested_truncate(original: Function, patch: Patch) -> Function:
     handled=lambda original: original(probe.packed()) == 2,
 )
 def find_batch_size(original: Function, patch: Patch) -> Function:
-    """Count the sequences."""
+    """Count the sequences; name the key of a batch if its fields contradict each other."""
+    from hf_packfix.nested import check_batch
     from hf_packfix.packed import PackedSequence, batch_size
 
     def find_batch_size(tensors: Any) -> Any:
-        if isinstance(tensors, PackedSequence) and patch.active:
-            return batch_size(tensors)
-        return original(tensors)
+        if isinstance(tensors, (tuple, list)) and patch.active:
+            if isinstance(tensors, PackedSequence):
+                return batch_size(tensors)
+            # `prediction_step` checks mappings; upstream's own takes nothing else.
+            check_batch(tensors)
+        try:
+            return original(tensors)
+        except ValueError:
+            if patch.active:
+                check_batch(tensors)
+            raise
 
     return find_batch_size
 
