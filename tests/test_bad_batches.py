@@ -416,10 +416,10 @@ def test_a_pack_without_sequences():
 # --- the collator ---------------------------------------------------------------------------------------
 
 
-def test_the_collator_refuses_what_is_packed_already():
+def test_the_collator_refuses_rows_of_which_some_are_packed():
     # Of one sequence of one step all four fields have one shape, and would pass for four numbers.
     pack = pack_sequence([torch.tensor([5])], enforce_sorted=False)
-    with pytest.raises(ValueError, match="'input_ids' of row 1 is a PackedSequence already"):
+    with pytest.raises(ValueError, match="'input_ids' of row 0 is not a PackedSequence, but that of another row is"):
         DataCollatorForPackedSequence()([{"input_ids": [1, 2]}, {"input_ids": pack}])
 
 

@@ -119,9 +119,8 @@ def _steps_by_name(inputs: Mapping[str, Any], result: Any) -> dict[str, list[int
     from hf_packfix.packed import PackedSequence
 
     outputs = result[1] if isinstance(result, tuple) and len(result) > 1 else None
-    several = isinstance(outputs, tuple) and not isinstance(outputs, PackedSequence)
     named = [(repr(key), value) for key, value in inputs.items()]
-    if several:
+    if isinstance(outputs, tuple) and not isinstance(outputs, PackedSequence):
         named += [(f"output {place} of the model", output) for place, output in enumerate(outputs)]
     else:
         named.append(("the output of the model", outputs))
