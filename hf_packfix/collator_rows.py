@@ -41,7 +41,8 @@ def as_tensor(value: Any, key: str, row: int) -> Tensor | PackedSequence:
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], np.ndarray):
             # torch reads a list of arrays element by element.
             value = np.stack(value)
-        return torch.as_tensor(value)
+        # Batches are made on the CPU, whatever the default device is; what is a tensor stays on its own.
+        return torch.as_tensor(value, device=value.device if isinstance(value, Tensor) else "cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{key!r} of row {row} must be a number, or evenly nested numbers (list, array, tensor): {error}"

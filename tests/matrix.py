@@ -40,6 +40,7 @@ PARTS = {
         "bad_batches",
         "collator",
         "conformance",
+        "default_device",
         "distributed",
         "drift",
         "each_patch_is_needed",

@@ -143,7 +143,8 @@ class RecurrentGenerationMixin(GenerationMixin):
             return None
 
         padding, end = setting("pad_token_id"), setting("eos_token_id")
-        if padding is None or int(padding) in torch.as_tensor([] if end is None else end).flatten().tolist():
+        ends = [] if end is None else torch.as_tensor(end, device="cpu").flatten().tolist()
+        if padding is None or int(padding) in ends:
             return None
         return (input_ids != int(padding)).to(torch.int64)
 

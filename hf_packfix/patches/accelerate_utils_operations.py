@@ -194,9 +194,9 @@ def initialize_tensors(original: Function, patch: Patch) -> Function:
 
     def make(information: PackedInformation) -> PackedSequence:
         return PackedSequence(
-            torch.empty(information.shape, dtype=information.dtype),
+            torch.empty(information.shape, dtype=information.dtype, device="cpu"),
             torch.ones(information.steps, dtype=torch.int64, device="cpu"),
-            None if information.is_sorted else torch.arange(information.sequences),
+            None if information.is_sorted else torch.arange(information.sequences, device="cpu"),
         )
 
     def initialize_tensors(data_structure: Any) -> Any:
