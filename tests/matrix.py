@@ -171,7 +171,8 @@ def fill(cache: Path, name: str, needs: list[str], alone: list[str]) -> Path:
     pip = [sys.executable, "-m", "pip", "--python", str(interpreter(cache)), "install", "--quiet", "--upgrade"]
     pip += ["--target", str(target)]
     subprocess.run([*pip, *needs], check=True)
-    subprocess.run([*pip, "--no-deps", *alone], check=True)
+    if alone:
+        subprocess.run([*pip, "--no-deps", *alone], check=True)
     complete.write_text(json.dumps(asked), encoding="utf-8")
     return target
 

@@ -4,7 +4,8 @@
 
 Installs the packages once into a folder, as ``tests/matrix.py`` does, and the wheel of this project beside them. What
 is trained stands in ``tests/third_party_trainers.py``, which does not turn hf_packfix on: the variable ``HF_PACKFIX``
-does. Exits with 1 where the doctor or a Trainer does not say what is expected.
+does. ``tests/third_party_hooks.py`` trains beside import hooks, of packages that each have a folder of their own, so
+that no program has a hook that it does not ask for. Exits with 1 if something is not as expected.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,18 @@ PACKED = {
 }
 #: What has no packed batches: they must come out the same to the last digit.
 ORDINARY = ["dpo"]
+
+#: Packages with import hooks, by the name that is imported, and what pip installs: of mlflow the small package, which
+#: has all of its hooks.
+HOOKS = {"mlflow": "mlflow-skinny", "typeguard": "typeguard", "jaxtyping": "jaxtyping", "comet_ml": "comet_ml"}
+#: When each hook is put in: "first", and the variable turns hf_packfix on, or "last", in front of hf_packfix's hooks.
+HOOKED = [
+    ("mlflow", "first"),
+    ("comet_ml", "first"),
+    ("typeguard", "last"),
+    ("jaxtyping", "last"),
+    ("comet_ml", "last"),
+]
 
 #: What the doctor must find in each package: a Trainer, and its methods that are patched and call ``super()`` or not.
 TRAINERS = {
@@ -121,6 +135,34 @@ def check_training(fresh: Environment) -> list[tuple[str, str, bool]]:
     return rows
 
 
+def hooked(fresh: Environment, variable: str, folder: str, *arguments: str) -> dict[str, Any]:
+    """Return the outcome of training beside an import hook, or what was raised."""
+    env = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
+    done = fresh.run(str(ROOT / "tests/third_party_hooks.py"), *arguments, variable=variable, env=env)
+    if done.returncode:
+        return {"logged": done.stderr.strip().splitlines()[-1], "finders": [], "patches": {}}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def check_hooks(fresh: Environment, cache: Path) -> list[tuple[str, str, bool]]:
+    """Train on packed batches beside each import hook, and on padded ones with no hook and hf_packfix off."""
+    folders = {name: str(matrix.fill(cache, f"hook-{name}", [needs], [])) for name, needs in HOOKS.items()}
+    runs = [("0", "", "padded", "first"), *(("1", folders[name], "packed", order, name) for name, order in HOOKED)]
+    with ThreadPoolExecutor(2) as pool:
+        padded, *found = pool.map(lambda run: hooked(fresh, *run), runs)
+    rows = []
+    for (name, order), outcome in zip(HOOKED, found, strict=True):
+        (version,) = {item.version for item in distributions(path=[folders[name]]) if item.name == HOOKS[name]}
+        logged, finders, states = outcome["logged"], outcome["finders"], list(outcome["patches"].values())
+        in_front = name in finders and ("wrapt" not in finders or finders.index(name) < finders.index("wrapt"))
+        good = in_front and "applied" in states and not {"pending", "refused"} & {*states}
+        text = logged if isinstance(logged, str) else f"eval loss {logged[-1]['eval_loss']:.6f}"
+        text += f"; {states.count('applied')} patches applied, {states.count('pending')} pending"
+        rows.append((f"{name} {version}, its hook {order}", text, good and agree(logged, padded["logged"], 1e-5)))
+    return rows
+
+
 def main() -> int:
     """Run, print the table, and return 1 where something is not as expected."""
     parser = argparse.ArgumentParser(description="train Trainers of other packages on packed batches")
@@ -129,7 +171,7 @@ def main() -> int:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="hf_packfix_third_parties_") as directory:
         fresh = environment(cache, Path(directory))
-        rows = [*check_doctor(fresh), *check_training(fresh)]
+        rows = [*check_doctor(fresh), *check_training(fresh), *check_hooks(fresh, cache)]
     print(", ".join(f"{name} {version}" for name, version in {**NEWEST, **PACKAGES}.items()))
     for name, text, good in rows:
         print(f"{'as expected' if good else 'NOT SO':<13}{name:<38}{text}")
