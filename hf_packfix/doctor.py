@@ -18,7 +18,7 @@ from hf_packfix.notices import in_a_line
 from hf_packfix.patches import FAST_RNN, PATCHES
 from hf_packfix.selftest import selftest
 from hf_packfix.switch import ACCEPTED, VARIABLE, switch, value
-from hf_packfix.trainers import handled_apart, load_lazy, overridden_methods, patched_methods
+from hf_packfix.trainers import cuts_of_batches, handled_apart, load_lazy, overridden_methods, patched_methods
 
 __all__ = ["run"]
 
@@ -121,7 +121,7 @@ def examine(modules: Sequence[str]) -> Report:
         if not found:
             warnings.append(f"--import {name}: found no Trainer subclass; name the module that defines it")
         trainers.update(found)
-        warnings += handled_apart(name)
+        warnings += [*handled_apart(name), *cuts_of_batches(name)]
     for method, reason in patched_methods().items():
         without = [name for name, methods in trainers.items() if methods.get(method) is False]
         if without:

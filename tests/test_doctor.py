@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 from transformers import TrainingArguments
 
 from hf_packfix.models.selftest import CHECKS
 from hf_packfix.selftest import selftest
-from hf_packfix.trainers import handled_apart
+from hf_packfix.trainers import cuts_of_batches, handled_apart
 from tests.interpreters import environment
 
 
@@ -129,6 +130,62 @@ def test_what_is_done_to_tensors_apart(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("casts")
     assert list(handled_apart("casts")) == [cast, copy]
+
+
+CUTS = {
+    "loop": """
+class Loss:
+    def pieces(self, batch, begin, end):
+        result = {}
+        for key, value in batch.items():
+            if not isinstance(value, torch.Tensor):
+                result[key] = value
+            else:
+                result[key] = value[begin:end, :4]
+        return result
+""",
+    "comprehension": """
+class Loss:
+    def pieces(self, batch, size):
+        for i in range(0, 8, size):
+            yield {k: v[i : i + size] if torch.is_tensor(v) else v for k, v in batch.items()}
+""",
+}
+HARMLESS = {
+    "one that knows packed sequences": CUTS["loop"].replace("torch.Tensor", "(torch.Tensor, PackedSequence)"),
+    "moves": CUTS["loop"].replace("value[begin:end, :4]", "value.to(begin)"),
+    "takes one row": CUTS["loop"].replace("value[begin:end, :4]", "value[begin]"),
+    "lists": CUTS["loop"].replace("torch.Tensor", "list"),
+    "cuts another value": CUTS["loop"].replace("value[begin:end, :4]", "batch[begin:end]"),
+    "no mapping": CUTS["loop"].replace("batch.items()", "batch"),
+}
+
+
+@pytest.mark.parametrize("code", CUTS.values(), ids=CUTS)
+def test_losses_that_cut_tensors_alone(tmp_path, code):
+    (tmp_path / "losses").mkdir()
+    (tmp_path / "losses/__init__.py").write_text(
+        "from losses.cached import Loss\nfrom transformers import Trainer\nclass Mine(Trainer): pass\n"
+    )
+    (tmp_path / "losses/cached.py").write_text(f"import torch\n{code}")
+    status, report = doctor(tmp_path, "--import", "losses")
+    (warning,) = report["warnings"]
+    assert status == 0
+    assert warning.startswith("losses.cached.Loss.pieces cuts the tensors of a batch into pieces and puts a Packed")
+
+
+@pytest.mark.parametrize("code", [*HARMLESS.values()], ids=HARMLESS)
+def test_what_does_not_cut_tensors_alone(tmp_path, monkeypatch, code):
+    (tmp_path / "harmless.py").write_text(f"import torch\n{code}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "harmless", raising=False)
+    importlib.import_module("harmless")
+    assert list(cuts_of_batches("harmless")) == []
+
+
+def test_a_module_without_source_is_no_loss(monkeypatch):
+    monkeypatch.setitem(sys.modules, "made_at_run_time", types.ModuleType("made_at_run_time"))
+    assert list(cuts_of_batches("made_at_run_time")) == []
 
 
 def test_the_self_test_on_a_machine_with_several_gpus(monkeypatch):

@@ -65,6 +65,8 @@ TRAINERS = {
         "sentence_transformers.sentence_transformer.trainer.SentenceTransformerTrainer": {},
     },
 }
+#: The functions of each package that cut tensors alone out of a batch, as losses with mini batches do.
+CUTS = {"trl": [], "sentence_transformers": ["sentence_transformers.base.losses.gradcache._create_minibatch"]}
 
 
 def environment(cache: Path, directory: Path) -> Environment:
@@ -114,6 +116,9 @@ def check_doctor(fresh: Environment) -> list[tuple[str, str, bool]]:
     for module, expected in TRAINERS.items():
         found = {name: report["trainers"].get(name) for name in expected}
         rows.append((f"doctor --import {module}", json.dumps(found), found == expected))
+        told = [text.split()[0] for text in report.get("warnings", ()) if " cuts the tensors of a batch" in text]
+        cuts = [name for name in told if name.startswith(module)]
+        rows.append((f"doctor --import {module}, cuts", json.dumps(cuts), cuts == CUTS[module]))
     return rows
 
 
