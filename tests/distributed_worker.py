@@ -27,7 +27,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import hf_packfix
 from hf_packfix import packed as packing
+from hf_packfix.models import RecurrentConfig, RecurrentForCausalLM
 from tests import oracle, stuck
+from tests.layouts import LAYOUTS, arrange
 from tests.oracle import Row, rows
 
 LONGEST = 9
@@ -178,6 +180,36 @@ def report(packed: bool, streaming: bool = False, **changes: Any) -> dict[str, A
     }
 
 
+def in_layout(layout: str, fill: int) -> Callable[[list[Row]], dict[str, Any]]:
+    """Return a collator for language models, with ``fill`` at the padding of labels."""
+
+    def collate(features: list[Row]) -> dict[str, Any]:
+        ids = [feature["input_ids"] for feature in features]
+        inputs, mask = arrange(layout, ids)
+        batch = {"input_ids": inputs, "labels": arrange(layout, ids, fill=fill)[0]}
+        return batch if mask is None else {**batch, "attention_mask": mask}
+
+    return collate
+
+
+def language_model(packed: bool, **changes: Any) -> dict[str, Any]:
+    """Train and evaluate a recurrent language model; return what is reported by layout.
+
+    Labels repeat the inputs, padding included, which the model and not the Trainer tells from labels that count.
+    Without the plugin, the layout that stock counts right is that of the padding on the right, with labels of -100.
+    """
+    data = [{"input_ids": row["input_ids"]} for row in rows(13, longest=LONGEST)]
+    config = RecurrentConfig("gru", vocab_size=oracle.VOCABULARY, hidden_size=oracle.HIDDEN)
+    reports = {}
+    for layout, fill in [(layout, 0) for layout in LAYOUTS] if packed else [("right", -100)]:
+        torch.manual_seed(0)
+        with tempfile.TemporaryDirectory() as directory:
+            run = oracle.train(Path(directory), RecurrentForCausalLM(config), data, in_layout(layout, fill), **changes)
+            evaluated = run.trainer.evaluate()
+        reports[layout] = {"losses": run.losses, "grad_norms": run.grad_norms, "eval_loss": evaluated["eval_loss"]}
+    return reports
+
+
 # --- operations on packed values ------------------------------------------------------------------------
 
 
@@ -278,6 +310,8 @@ def scenarios() -> Iterator[tuple[str, Callable[[bool], Any]]]:
             accelerator_config={"split_batches": True},
         ),
     )
+    yield "language model", language_model
+    yield "language model, accumulated", lambda packed: language_model(packed, gradient_accumulation_steps=2)
     yield "gathering", gathering
     yield "broadcasting", broadcasting
     yield "sharded", sharded

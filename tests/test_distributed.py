@@ -25,6 +25,7 @@ from hf_packfix.ragged import is_remembered
 from tests import stuck
 from tests.distributed_worker import numbered, scenarios
 from tests.installed import ROOT
+from tests.layouts import LAYOUTS
 from tests.oracle import PlainTagger, Tagger, count_real_tokens, new_trainer, packed_batch, padded_batch, rows, stock
 from tests.test_evaluate import Stream, assert_same_report, report
 
@@ -107,6 +108,16 @@ def test_the_trainer_reports_what_the_padded_run_reports(results, name):
             close(ours[0], theirs[0])
             close(ours[1], theirs[1])
         assert len(packed["label_ids"]) == 13
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("language model")])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_language_model_trains_alike_in_every_layout(results, name, layout):
+    for rank in results:
+        found, expected = rank[name]["packed"][layout], rank[name]["padded"]["right"]
+        assert len(found["losses"]) == len(expected["losses"]) > 0
+        for key in ("losses", "grad_norms", "eval_loss"):
+            close(found[key], expected[key])
 
 
 @pytest.mark.parametrize("name", ["gathering", "broadcasting"])
