@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from hf_packfix._version import __version__
 
 __all__ = ["main"]
+
+RUN_USAGE = "\n       ".join(
+    f"hf-packfix run {program} [ARGS...]" for program in ("SCRIPT", "-m MODULE", "-c CODE", "-")
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,15 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the program's name; those of the process by default.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["run"]:
+        return _run(words[1:])
     parser = _parser()
-    options = parser.parse_args(argv)
-    if options.command == "run":
-        from hf_packfix import run
-
-        try:
-            return run.run(options.target, options.arguments, as_module=options.as_module)
-        except run.RunError as error:
-            parser.error(str(error))
+    options = parser.parse_args(words)
     if options.command == "doctor":
         from hf_packfix import doctor
 
@@ -44,23 +45,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
+def _run(words: Sequence[str]) -> int:
+    from hf_packfix import run
+
+    parser = argparse.ArgumentParser(
+        prog="hf-packfix run",
+        usage=RUN_USAGE,
+        description="Run a program as Python would, with the plugin on in it and in its child processes, even if "
+        "HF_PACKFIX=0 is set; for places where start-up files do not work (--target folders, zip applications, -S).",
+    )
+    parser.add_argument("-m", metavar="MODULE", help="run a module, as `python -m` does")
+    parser.add_argument("-c", metavar="CODE", help="run code, as `python -c` does")
+    parser.add_argument("SCRIPT", help="a script, a folder or a zip file with a __main__, or - for standard input")
+    parser.add_argument("ARGS", help="handed to the program")
+    option, target, arguments = _program(parser, words)
+    try:
+        run.run(target, arguments, option=option)
+    except run.RunError as error:
+        parser.error(str(error))
+    return 0
+
+
+def _program(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[str, str, Sequence[str]]:
+    """Return the option, the program and its arguments; as Python does, take every word after the program for them.
+
+    Not by argparse, which would take options of the program's for its own.
+    """
+    if not words:
+        parser.error("the following arguments are required: SCRIPT")
+    first, rest = words[0], words[1:]
+    option, joined = first[:2], first[2:]
+    if option in ("-m", "-c"):
+        if not joined and not rest:
+            parser.error(f"argument {option}: expected one argument")
+        return (option, joined, rest) if joined else (option, rest[0], rest[1:])
+    if first == "--" and rest:
+        return "", rest[0], rest[1:]
+    if first in ("-h", "--help"):
+        parser.print_help()
+        parser.exit()
+    if first.startswith("-") and first != "-":
+        parser.error(
+            f"unrecognized arguments: {first}; options of Python stand before: python {first} -m hf_packfix run"
+        )
+    return "", first, rest
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-packfix", description="PackedSequence batches in an unchanged Hugging Face Trainer."
     )
-    parser.add_argument("--version", action="version", version=f"hf-packfix {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"hf-packfix {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    run = commands.add_parser(
-        "run",
-        help="run a script or a module with the plugin on",
-        usage="hf-packfix run SCRIPT [ARGS...]\n       hf-packfix run -m MODULE [ARGS...]",
-        description="Run a program as Python would, with the plugin on in it and in its child processes; for places "
-        "where start-up files do not work (--target folders, zip applications, -S).",
-    )
-    run.add_argument("-m", dest="as_module", action="store_true", help="run a module, as `python -m` does")
-    run.add_argument("target", metavar="SCRIPT", help="a script, or a module's name after -m")
-    run.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="handed to the program")
+    commands.add_parser("run", help="run a script, a module or code with the plugin on")  # see `_run`
 
     doctor = commands.add_parser(
         "doctor",
