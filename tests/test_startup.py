@@ -464,7 +464,7 @@ def test_a_start_file_alone_does_the_same(environment, tmp_path):
     assert isolated.stdout == UNTOUCHED
 
 
-def test_the_readme_shows_the_exact_files():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_on_start_up_shows_the_exact_files():
+    page = (ROOT / "hf_packfix/docs/startup.md").read_text(encoding="utf-8")
     for name in ("hf_packfix_auto.pth", "hf_packfix_auto.start"):
-        assert (STARTUP / name).read_text().strip() in readme
+        assert (STARTUP / name).read_text().strip() in page

@@ -35,7 +35,7 @@ ALONE = [f"accelerate=={NEWEST['accelerate']}", *(f"{name}=={version}" for name,
 
 STOCK = "AssertionError: Expected data to be a list or tuple of length 2"
 #: What becomes of packed batches, by the name of the program: None where they train as padded ones do, otherwise the
-#: error that the README's limits tell of.
+#: error that the limits in hf_packfix/docs tell of.
 PACKED = {
     "sft": None,
     "sft_all_packed": "TypeError: tuple indices must be integers or slices, not tuple",
