@@ -31,8 +31,8 @@ def reference() -> str:
         "",
         "Made from the docstrings by `python tests/api_reference.py`.",
         "",
-        "Shapes: B sequences, T steps in the longest one, N steps in all, D features, V token ids, C labels; `*` is any "
-        "further dimensions.",
+        "Shapes: B sequences, T steps in the longest one, N steps in all, D features, V token ids, C labels; `*` is "
+        "any further dimensions.",
     ]
     for name, sentence in MODULES.items():
         module = importlib.import_module(name)

@@ -21,6 +21,7 @@ NAMES = (
     "dispatch",
     "generation",
     "layers",
+    "comparison",
 )
 
 
