@@ -60,7 +60,7 @@ class Status:
         reason: why it is enabled or not.
         activated_by: what turned it on, such as ``import hf_packfix``; None while it is off.
         versions: the installed version of each distribution that matters; None where it is missing.
-        patches: every patch with its target, its reason and its state.
+        patches: every patch with its target, its problem and fix, and its state.
     """
 
     enabled: bool
@@ -101,10 +101,7 @@ def disable() -> None:
     global _activated_by, _fast_rnn, _why_inactive
     with _locked():
         _activated_by, _fast_rnn, _why_inactive = None, False, "hf_packfix.disable() was called"
-        for patch in reversed(_all_patches()):
-            patch.take_off()
-        for patch in _first_uses():
-            patch.take_off()
+        _revert([*_first_uses(), *reversed(_all_patches())])
 
 
 def is_enabled() -> bool:
@@ -255,13 +252,11 @@ def _apply_pending(name: str = "") -> None:
         # What is applied was put on a moment ago, by `enable()`, which asks for the hooks of loaded modules as well.
         due = [patch for patch in due if patch.status(True).state != "applied"]
         if due:
-            _put_on(due)
-        waiting = any(patch.pending for patch in _patches())
-        for patch in _first_uses():
-            if waiting and (patch.module == name or _is_complete(patch.module)):
-                patch.put_on()
-            elif not waiting:
-                patch.take_off()
+            _apply_and_log(due)
+        if any(patch.pending for patch in _patches()):
+            _apply([patch for patch in _first_uses() if patch.module == name or _is_complete(patch.module)])
+        else:
+            _revert(_first_uses())
     except Exception as error:
         logger.debug("could not patch %s", name or "what is pending", exc_info=True)
         # Once: what is wrong with us fails in the hook of every module.
@@ -315,14 +310,13 @@ def _enable(
             fast_rnn = _fast_rnn if _activated_by is not None else _environment_asks_for_fast_rnn()
         _fast_rnn = fast_rnn
         if not fast_rnn:
-            for patch in reversed(_fast_rnn_patches()):
-                patch.take_off()
+            _revert(reversed(_fast_rnn_patches()))
         modules = sorted({"torch", *(patch.module for patch in _patches())} - _hooked)
     _wait_for(modules)
     with _locked():
         _activated_by = _activated_by or activated_by
         if "torch" in sys.modules:
-            _put_on([patch for patch in _patches() if not _is_half_imported(patch.module)])
+            _apply_and_log([patch for patch in _patches() if not _is_half_imported(patch.module)])
             _apply_pending()
         _hooked.update(modules)
     # Outside the lock, since wrapt takes its own and calls back for a module imported meanwhile.
@@ -330,12 +324,13 @@ def _enable(
         wrapt.register_post_import_hook("hf_packfix.activation:module_loaded", name)
 
 
-def _put_on(patches: Iterable[Patch]) -> None:
-    for patch in patches:
-        before = patch.status(True)
-        patch.put_on()
+def _apply_and_log(patches: Iterable[Patch]) -> None:
+    """Apply patches, log what changed, and report what differs upstream."""
+    before = {patch: patch.status(True) for patch in patches}
+    _apply(before)
+    for patch, was in before.items():
         after = patch.status(True)
-        if after == before:
+        if after == was:
             continue
         logger.debug("%s: %s%s", after.target, after.state, f" ({after.detail})" if after.detail else "")
         found = difference(patch, after)
@@ -350,7 +345,7 @@ def difference(patch: Patch, status: PatchStatus) -> str:
     package = patch.module.partition(".")[0]
     version = getattr(sys.modules.get(package), "__version__", None)
     if status.state == "refused" or (status.state == "not-applicable" and patch.expected_on(version)):
-        return f"hf_packfix does not patch {status.target}: {status.detail}. Without the patch: {status.reason}"
+        return f"hf_packfix does not patch {status.target}: {status.detail}. Without the patch, it {status.problem}"
     if status.state == "applied" and patch.unknown:
         return (
             f"hf_packfix patches {status.target}, which has parameters that it does not know: expected "
@@ -381,7 +376,7 @@ def _announce() -> None:
         return
     _announced = True
     # For modules that upstream no longer has; the hooks of others are still to come.
-    _put_on([patch for patch in _patches() if patch.module not in sys.modules])
+    _apply_and_log([patch for patch in _patches() if patch.module not in sys.modules])
     if not is_main_process():
         return
     if not logger.isEnabledFor(logging.INFO):  # the versions below are read from files
@@ -412,6 +407,18 @@ def _not_asked(patch: Patch) -> PatchStatus:
     return replace(patch.status(False), detail=how)
 
 
+def _apply(patches: Iterable[Patch]) -> None:
+    from hf_packfix.patches import apply
+
+    apply(patches)
+
+
+def _revert(patches: Iterable[Patch]) -> None:
+    from hf_packfix.patches import revert
+
+    revert(patches)
+
+
 def _patches() -> tuple[Patch, ...]:
     """Return the patches that are asked for."""
     # Imported on first use: a process kept inactive by HF_PACKFIX=0 has no need of them.
@@ -433,7 +440,7 @@ def _all_patches() -> tuple[Patch, ...]:
 
 
 def _first_uses() -> tuple[Patch, ...]:
-    from hf_packfix.patches import first_use
+    from hf_packfix.patches import FIRST_USE, first_use
 
     first_use.before = _trainer_is_used
-    return first_use.PATCHES
+    return FIRST_USE

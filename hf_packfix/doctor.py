@@ -122,12 +122,12 @@ def examine(modules: Sequence[str]) -> Report:
             warnings.append(f"--import {name}: found no Trainer subclass; name the module that defines it")
         trainers.update(found)
         warnings += [*handled_apart(name), *cuts_of_batches(name)]
-    for method, reason in patched_methods().items():
+    for method, fix in patched_methods().items():
         without = [name for name, methods in trainers.items() if methods.get(method) is False]
         if without:
             warnings.append(
-                f"{method} does not call super() in {', '.join(without)}, which is without what hf_packfix does in "
-                f"Trainer.{method}: {reason}"
+                f"{method} does not call super() in {', '.join(without)}, so the patch of Trainer.{method} does not "
+                f"act there. What it does: {fix}"
             )
 
     now = status()

@@ -263,7 +263,7 @@ def _rectangle(pieces: Sequence[Strip | Tensor], padding: float) -> Tensor:
     if others:  # torch would broadcast some of them
         found = ", ".join(sorted(str(list(shape)) for shape in (trailing, *others)))
         raise ValueError(
-            f"the batches of an evaluation must agree in what follows [B, T], found {found}: let the model or "
+            f"batches can be joined only if their steps have one shape, found {found}: let the model or "
             f"preprocess_logits_for_metrics return the same features in every batch, or pass "
             f"TrainingArguments(eval_do_concat_batches=False)"
         )

@@ -36,10 +36,10 @@ def load_lazy(module: ModuleType) -> Iterator[str]:
 
 
 def patched_methods() -> dict[str, str]:
-    """Return the methods of the Trainers that are patched on this version, each with the reason."""
+    """Return the methods of the Trainers that are patched on this version, each with its fix."""
     idle = {p.target for p in status().patches if p.state in ("not-needed", "not-applicable")}
     patches = [p for p in PATCHES if p.path.split(".")[0] in _TRAINERS and p.target not in idle]
-    return {p.path.split(".")[1]: p.reason for p in reversed(patches)}
+    return {p.path.split(".")[1]: p.fix for p in reversed(patches)}
 
 
 def overridden_methods(package: str) -> dict[str, dict[str, bool]]:

@@ -18,12 +18,13 @@ from transformers import Trainer
 
 import hf_packfix
 from hf_packfix import activation, versions
-from hf_packfix.patches import PATCHES, transformers_trainer
+from hf_packfix.patches import PATCHES
 from tests import interpreters
 from tests.oracle import stock
+from tests.patched import patch_of
 from tests.test_prepare_input import bare_trainer, some_pack
 
-PATCH = transformers_trainer.prepare_input
+PATCH = patch_of("transformers.trainer:Trainer._prepare_input")
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -280,14 +281,15 @@ def test_status_reads_well():
     text = str(status)
     for patch in status.patches:
         assert patch.target in text
-        assert patch.reason in text
-        assert patch.reason
+        assert f"{patch.problem}; {patch.fix}" in text
+        assert patch.problem
+        assert patch.fix
     hf_packfix.disable()
     off = hf_packfix.status()
     assert not off.enabled
     assert "disable() was called" in str(off)
-    assert [(p.target, p.reason, p.state) for p in off.patches] == [
-        (p.target, p.reason, "off") for p in status.patches
+    assert [(p.target, p.problem, p.state) for p in off.patches] == [
+        (p.target, p.problem, "off") for p in status.patches
     ]
 
 

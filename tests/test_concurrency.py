@@ -44,8 +44,8 @@ def together(togglers, toggle, trainers):
 
 def targets():
     from hf_packfix.patches import PATCHES
-    from hf_packfix.patches.patch import _resolve
-    return {p.target: _resolve(sys.modules.get(p.module), p.path)[2] for p in PATCHES}
+    from hf_packfix.patches.targets import resolve
+    return {p.target: resolve(p.module, p.path)[1] for p in PATCHES}
 
 expected = losses(build(padded_batch, epochs=6))
 wrapped = targets()

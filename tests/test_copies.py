@@ -6,7 +6,6 @@ import copy
 import inspect
 import pickle
 import pydoc
-import sys
 from typing import Any
 
 import pytest
@@ -14,7 +13,8 @@ import torch
 from transformers import Trainer
 
 from hf_packfix.patches import PATCHES
-from hf_packfix.patches.patch import Patch, _resolve
+from hf_packfix.patches.patch import Patch
+from hf_packfix.patches.targets import resolve
 from tests.oracle import PlainTagger, Tagger, new_trainer, packed_batch, padded_batch, rows, stock
 
 
@@ -88,7 +88,7 @@ def test_what_a_pickle_holds_of_a_patched_function_is_its_name(protocol):
 
 def patched(patch: Patch) -> Any:
     """Return what stands in the place of a patch's target; None where that is not ours."""
-    function = _resolve(sys.modules.get(patch.module), patch.path)[2]
+    function = resolve(patch.module, patch.path)[1]
     return function if patch.status(True).state == "applied" else None
 
 
@@ -99,7 +99,7 @@ def test_inspection_shows_upstream(patch):
         assert patch.status(True).state in ("not-needed", "not-applicable")
         return
     with stock():
-        original = _resolve(sys.modules[patch.module], patch.path)[2]
+        original = resolve(patch.module, patch.path)[1]
         source, lines = inspect.getsource(original), inspect.getsourcelines(original)
         signature, text = inspect.signature(original), pydoc.render_doc(original)
         module, doc = inspect.getmodule(original), inspect.getdoc(original)

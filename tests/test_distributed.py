@@ -20,13 +20,13 @@ from torch.nn.utils.rnn import pack_sequence
 
 import hf_packfix
 from hf_packfix import packed as packing
-from hf_packfix.patches import accelerate_utils_operations
 from hf_packfix.ragged import is_remembered
 from tests import stuck
 from tests.distributed_worker import numbered, scenarios
 from tests.installed import ROOT
 from tests.layouts import LAYOUTS
 from tests.oracle import PlainTagger, Tagger, count_real_tokens, new_trainer, packed_batch, padded_batch, rows, stock
+from tests.patched import patch_of
 from tests.test_evaluate import Stream, assert_same_report, report
 
 NAMES = [name for name, _ in scenarios()]
@@ -143,6 +143,7 @@ import sys
 import hf_packfix
 from accelerate import PartialState
 from tests import oracle
+from tests.patched import patch_of
 
 def collate(features):
     if PartialState().process_index == 1:
@@ -253,7 +254,7 @@ def test_the_shape_of_a_pack_is_that_of_its_rectangle(trailing):
 @pytest.mark.parametrize("pad_first", [False, True])
 def test_what_is_padded_across_processes(monkeypatch, dim, pad_first):
     # What a process alone leaves as it is: by how the original is called, first for the steps, then as asked.
-    patch = accelerate_utils_operations.pad_across_processes
+    patch = patch_of("accelerate.utils.operations:pad_across_processes")
     monkeypatch.setattr(patch, "active", True)
     calls = []
 
@@ -262,7 +263,7 @@ def test_what_is_padded_across_processes(monkeypatch, dim, pad_first):
         return tree
 
     pack = two_packs()[2]
-    found = patch._make(original, patch)([pack], dim=dim, pad_index=-100, pad_first=pad_first)
+    found = patch.wrap(original)([pack], dim=dim, pad_index=-100, pad_first=pad_first)
     expected = packing.pad(pack, -100)
     assert torch.equal(found[0], expected)
     options = {"pad_index": -100, "pad_first": pad_first}
@@ -272,7 +273,7 @@ def test_what_is_padded_across_processes(monkeypatch, dim, pad_first):
     assert [each for _, each in steps] == ([] if dim == 1 else [{"dim": 1, **options}])
     # The evaluation loop asks for just this, and keeps it flat; nobody else's rectangle remembers its lengths.
     assert is_remembered(found[0]) is (dim == 1 and not pad_first)
-    assert not is_remembered(patch._make(original, patch)([pack], dim=1, pad_index=0)[0])
+    assert not is_remembered(patch.wrap(original)([pack], dim=1, pad_index=0)[0])
 
 
 @pytest.mark.parametrize("use", ["gather", "gather_for_metrics"])

@@ -12,7 +12,8 @@ from packaging.version import Version
 import hf_packfix
 from hf_packfix import versions
 from hf_packfix.patches import FAST_RNN, PATCHES, Patch
-from hf_packfix.patches.patch import _resolve, _succeeds
+from hf_packfix.patches.patch import succeeds
+from hf_packfix.patches.targets import resolve
 from tests import drift
 from tests.oracle import stock
 
@@ -28,7 +29,7 @@ def version_of(patch: Patch) -> str:
 def test_upstream_is_what_the_patch_was_written_for(patch):
     expected, where = drift.state_here(patch), version_of(patch)
     with stock():
-        original = _resolve(import_module(patch.module), patch.path)[2]
+        original = resolve(patch.module, patch.path)[1]
         if expected == "not-applicable":
             assert original is None, f"{where} has {patch.target}: change `since` of its patch"
             return
@@ -37,8 +38,8 @@ def test_upstream_is_what_the_patch_was_written_for(patch):
         assert found[: len(patch.parameters)] == patch.parameters, (
             f"{patch.target} of {where} takes {found}; the patch was written for {patch.parameters}"
         )
-        if patch.handled is not None:
-            handles = _succeeds(patch.handled, original)
+        if patch.upstream_supports is not None:
+            handles = succeeds(patch.upstream_supports, original)
             assert handles == (expected == "not-needed"), (
                 f"{patch.target} of {where} {'now does' if handles else 'does not do'} what is right for a "
                 f"PackedSequence: change `until` of its patch, or the probe"
@@ -47,7 +48,7 @@ def test_upstream_is_what_the_patch_was_written_for(patch):
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.path)
 def test_what_a_caller_leaves_out_means_what_it_means_upstream(patch):
-    wrapper = _resolve(import_module(patch.module), patch.path)[2]
+    wrapper = resolve(patch.module, patch.path)[1]
     if drift.state_here(patch) != "applied":
         return  # no wrapper of ours there, as the next test makes sure
     theirs = inspect.signature(wrapper.__wrapped__).parameters

@@ -15,7 +15,7 @@ import transformers.trainer_pt_utils as pt_utils
 from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_concat, nested_numpify, nested_truncate
 
-from hf_packfix.patches import PATCHES, Patch
+from hf_packfix.patches import PATCHES, Patch, revert
 from hf_packfix.ragged import Pieces
 from tests import (
     test_distributed,
@@ -126,8 +126,6 @@ NEEDED_BY: dict[str, Callable[[Any], None]] = {
     "nested_numpify": same_labels(nested_numpify),
     "nested_truncate": same_labels(truncated),
     "EvalLoopContainer.add": lambda d: kept_flat(),
-    "EvalLoopContainer.to_cpu_and_numpy": lambda d: kept_flat(),
-    "EvalLoopContainer.get_arrays": lambda d: kept_flat(),
     "find_batch_size": test_evaluate.test_number_of_samples_of_a_data_set_without_a_length,
     "EvalPrediction.__init__": same_labels(lambda labels: EvalPrediction(labels, labels).label_ids),
     "Seq2SeqTrainer.prediction_step": lambda d: test_seq2seq.test_generation_reports_what_the_padded_run_reports(d, 0),
@@ -165,7 +163,7 @@ def test_without_it_something_goes_wrong(tmp_path, patch, monkeypatch):
     check(tmp_path)
     off = property(lambda self: self is not patch, lambda self, value: None)
     monkeypatch.setattr(type(patch), "active", off, raising=False)
-    patch.take_off()
+    revert([patch])
     with pytest.raises(Exception):  # noqa: B017, PT011 (a crash of any kind, or a wrong number)
         check(tmp_path)
 

@@ -349,7 +349,7 @@ def test_doctor_lists_what_trainers_override(installed, tmp_path):
         "mine.D": {"floating_point_ops": True, "prediction_step": True},
     }
     moves, predicts = sorted(report["warnings"])
-    assert moves.startswith("_prepare_input does not call super() in mine.B, which is without what hf_packfix does")
+    assert moves.startswith("_prepare_input does not call super() in mine.B, so the patch of Trainer._prepare_input ")
     assert predicts.startswith("prediction_step does not call super() in mine.A, ")
     text = installed.run("-m", "hf_packfix", "doctor", "--import", "mine", env={"PYTHONPATH": str(tmp_path)})
     assert "  mine.A: prediction_step (does not call super())\n" in text.stdout

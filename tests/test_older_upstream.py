@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import PackedSequence
 from transformers import BatchEncoding, BatchFeature
 
 from hf_packfix.packed import Countable
-from hf_packfix.patches import transformers_tokenization_utils_base, transformers_trainer
 from tests.oracle import packed_batch, padded_batch, rows
+from tests.patched import patch_of
 from tests.test_prepare_input import CPU, META, bare_trainer, some_pack
 
 
@@ -40,9 +40,9 @@ def old_trainer(mode: Any) -> Any:
 
 @pytest.fixture
 def wrapped(monkeypatch):
-    patch = transformers_trainer.get_batch_samples
+    patch = patch_of("transformers.trainer:Trainer.get_batch_samples")
     monkeypatch.setattr(patch, "active", True)
-    return patch._make(counting_inline, patch)
+    return patch.wrap(counting_inline)
 
 
 def test_items_are_those_of_the_rectangles(wrapped):
@@ -80,7 +80,7 @@ def test_what_needs_no_counting_comes_back_as_it_is(wrapped):
 
 
 def test_off_means_off(wrapped, monkeypatch):
-    monkeypatch.setattr(transformers_trainer.get_batch_samples, "active", False)
+    monkeypatch.setattr(patch_of("transformers.trainer:Trainer.get_batch_samples"), "active", False)
     with pytest.raises(AttributeError, match="ne"):
         wrapped(old_trainer("all"), iter([packed_batch(rows(2))]), 1)
 
@@ -106,10 +106,10 @@ def test_a_batch_type_that_drops_what_is_no_tensor_keeps_packs(monkeypatch):
         self.data = {key: value.to(device) for key, value in self.data.items() if isinstance(value, torch.Tensor)}
         return self
 
-    patch = transformers_tokenization_utils_base.to
+    patch = patch_of("transformers.tokenization_utils_base:BatchEncoding.to")
     monkeypatch.setattr(patch, "active", True)
     held = {"x": some_pack(), "note": "dropped", "y": torch.ones(2), "several": [some_pack(), "kept"]}
-    moved = patch._make(dropping, patch)(BatchEncoding(held), META)
+    moved = patch.wrap(dropping)(BatchEncoding(held), META)
     assert list(moved) == ["x", "y", "several"]
     assert moved["x"].data.device == moved["several"][0].sorted_indices.device == moved["y"].device == META
     assert moved["x"].batch_sizes.device == CPU

@@ -1,4 +1,4 @@
-"""The life of one patch, on an upstream of a few lines: put on, wrapped, overwritten, reloaded, copied, taken off."""
+"""The life of one patch, on an upstream of a few lines: applied, wrapped, overwritten, reloaded, copied, reverted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hf_packfix.patches import Patch
-from hf_packfix.patches.patch import patch
+from hf_packfix.patches.patch import apply, revert
 
 NAME = "upstream_of_these_tests"
 FAILS = "class C:\n    def f(self, data): return 'stock'"
@@ -31,14 +31,22 @@ def handles(function: Any) -> bool:
     return function(None, "packed") == "right"
 
 
-def new_patch(*, handled: Any = handles, path: str = "C.f") -> Patch:
+def new_patch(*, supports: Any = handles, path: str = "C.f") -> Patch:
     """Return a patch that makes ``f`` do what is right."""
 
-    @patch(f"{NAME}:{path}", reason="a reason", parameters=("self", "data"), handled=handled)
-    def declared(original: Any, patch: Patch) -> Any:
+    def make(original: Any, patch: Patch) -> Any:
         return lambda self, data: "right" if patch.active else original(self, data)
 
-    return declared
+    names = ("self", "data")
+    return Patch(
+        f"{NAME}:{path}",
+        make,
+        problem="a problem",
+        fix="a fix",
+        parameters=names,
+        knows=names,
+        upstream_supports=supports,
+    )
 
 
 def state(of: Patch) -> tuple[str, str]:
@@ -46,7 +54,7 @@ def state(of: Patch) -> tuple[str, str]:
     return status.state, status.detail
 
 
-def test_nothing_acts_before_it_is_put_on(upstream):
+def test_nothing_acts_before_it_is_applied(upstream):
     declared = new_patch()
     assert declared.active is False
     assert state(declared) == ("pending", "")
@@ -70,20 +78,20 @@ def test_states(upstream, source, expected, detail):
     exec(source, vars(upstream))
     before = dict(vars(upstream))
     declared = new_patch()
-    declared.put_on()
+    apply([declared])
     assert state(declared)[0] == expected
     assert state(declared)[1].endswith(detail)
     assert declared.active is (expected == "applied")
-    declared.take_off()
+    revert([declared])
     assert vars(upstream) == before
 
 
 def test_a_module_that_is_not_loaded():
     declared = new_patch()
-    declared.put_on()
+    apply([declared])
     assert declared.active is False
     assert state(declared) == ("pending", "")
-    declared.take_off()
+    revert([declared])
 
 
 def test_on_and_off(upstream):
@@ -91,11 +99,11 @@ def test_on_and_off(upstream):
     wrappers = []
     for _ in range(2):
         for _ in range(2):
-            declared.put_on()
+            apply([declared])
             assert (declared.active, state(declared)) == (True, ("applied", ""))
             assert upstream.C().f(0) == "right"
         wrappers.append(vars(upstream.C)["f"])
-        declared.take_off()
+        revert([declared])
         assert declared.active is False
         assert vars(upstream.C)["f"] is original
         assert wrappers[0](None, 0) == "stock"  # whoever kept it
@@ -106,8 +114,8 @@ def test_on_and_off(upstream):
 @pytest.mark.parametrize("says_what_it_wraps", [True, False])
 @pytest.mark.parametrize("probed", [True, False])
 def test_a_wrapper_around_ours(upstream, says_what_it_wraps, probed):
-    declared = new_patch(handled=handles if probed else None)
-    declared.put_on()
+    declared = new_patch(supports=handles if probed else None)
+    apply([declared])
     ours = vars(upstream.C)["f"]
 
     def theirs(self, data):
@@ -122,9 +130,9 @@ def test_a_wrapper_around_ours(upstream, says_what_it_wraps, probed):
     assert detail.startswith("wrapped in turn by theirs (" if known else "theirs (")
     assert (__file__ in detail) is True
     standing = vars(upstream.C)["f"]
-    declared.put_on()
+    apply([declared])
     assert (vars(upstream.C)["f"] is standing) is known
-    declared.take_off()
+    revert([declared])
     assert vars(upstream.C)["f"] is standing
     assert upstream.C().f(0) == "stock"
 
@@ -132,7 +140,7 @@ def test_a_wrapper_around_ours(upstream, says_what_it_wraps, probed):
 @pytest.mark.parametrize("what", ["original", "another", "nothing"])
 def test_a_wrapper_that_somebody_removed(upstream, what):
     declared, original = new_patch(), vars(upstream.C)["f"]
-    declared.put_on()
+    apply([declared])
     ours = vars(upstream.C)["f"]
     if what == "nothing":
         del upstream.C.f
@@ -142,7 +150,7 @@ def test_a_wrapper_that_somebody_removed(upstream, what):
     found, detail = state(declared)
     assert found == "refused"
     assert detail.endswith("replaced it after activation; hf_packfix.enable() wraps again")
-    declared.put_on()
+    apply([declared])
     if what == "nothing":
         assert state(declared) == ("not-applicable", f"{NAME} has no C.f here")
         assert declared.active is False
@@ -155,7 +163,7 @@ def test_a_wrapper_that_somebody_removed(upstream, what):
 def test_upstream_that_does_what_is_right(upstream):
     exec(HANDLES, vars(upstream))
     declared, original = new_patch(), vars(upstream.C)["f"]
-    declared.put_on()
+    apply([declared])
     assert vars(upstream.C)["f"] is original
     assert declared.active is False
     assert state(declared)[0] == "not-needed"
@@ -171,28 +179,28 @@ def test_upstream_that_does_what_is_right(upstream):
 
 def test_somebody_else_does_what_is_right_meanwhile(upstream):
     declared = new_patch()
-    declared.put_on()
-    declared.take_off()
+    apply([declared])
+    revert([declared])
     upstream.C.f = theirs = lambda self, data: "right"
-    declared.put_on()  # what answers is not ours
+    apply([declared])  # what answers is not ours
     assert state(declared)[0] == "not-needed"
     assert declared.active is False
     assert vars(upstream.C)["f"] is theirs
 
 
-def test_without_a_probe_it_is_always_put_on(upstream):
+def test_without_a_probe_it_is_always_applied(upstream):
     exec(HANDLES, vars(upstream))
-    declared = new_patch(handled=None)
-    declared.put_on()
+    declared = new_patch(supports=None)
+    apply([declared])
     assert state(declared) == ("applied", "")
-    declared.take_off()
+    revert([declared])
 
 
 @pytest.mark.parametrize("names", ["self", "self, batch", "a, b", "zelf, data", "data, self"])
 def test_other_parameters_are_refused(upstream, names):
     exec(f"class C:\n    def f({names}): return 'stock'", vars(upstream))
     declared, original = new_patch(), vars(upstream.C)["f"]
-    declared.put_on()
+    apply([declared])
     assert state(declared) == ("refused", f"expected the parameters (self, data), found ({names})")
     assert declared.active is False
     assert vars(upstream.C)["f"] is original
@@ -208,7 +216,7 @@ def test_a_function_that_does_not_tell_its_parameters(upstream):
         with pytest.raises((TypeError, ValueError)):
             inspect.signature(function)
         declared = new_patch()
-        declared.put_on()
+        apply([declared])
         assert state(declared) == ("refused", "expected the parameters (self, data), found ()")
 
 
@@ -216,7 +224,7 @@ def test_functions_that_say_they_wrap_each_other_end_nothing(upstream):
     original = vars(upstream.C)["f"]
     original.__wrapped__ = functools.wraps(original)(lambda self, data: original(self, data))
     declared = new_patch()
-    declared.put_on()  # Python itself finds no parameters there
+    apply([declared])  # Python itself finds no parameters there
     assert state(declared) == ("refused", "expected the parameters (self, data), found ()")
     assert vars(upstream.C)["f"] is original
 
@@ -230,36 +238,36 @@ def test_what_is_visible_acts_already(upstream):
     answers = []
     upstream.C = Watched("C", (), {"f": vars(upstream.C)["f"]})
     declared = new_patch()
-    declared.put_on()  # another thread may call it at once
-    declared.take_off()
+    apply([declared])  # another thread may call it at once
+    revert([declared])
     assert answers == ["right", "stock"]
 
 
 def test_more_parameters_are_no_harm(upstream):
     exec("class C:\n    def f(self, data, more=None): return 'stock'", vars(upstream))
     declared = new_patch()
-    declared.put_on()
+    apply([declared])
     assert state(declared) == ("applied", "")
 
 
 def test_a_class_that_is_defined_again(upstream):
     declared, old = new_patch(), upstream.C
     before = vars(old)["f"]
-    declared.put_on()
+    apply([declared])
     exec(FAILS, vars(upstream))
     new, after = upstream.C, vars(upstream.C)["f"]
     assert declared.overwritten()
     for _ in range(3):
-        declared.put_on()
+        apply([declared])
         assert (vars(old)["f"].__wrapped__, vars(new)["f"].__wrapped__) == (before, after)
         assert (old().f(0), new().f(0)) == ("right", "right")
-        declared.take_off()
+        revert([declared])
         assert (vars(old)["f"], vars(new)["f"]) == (before, after)
     # One function for two classes is wrapped for each.
     new.f = before
-    declared.put_on()
+    apply([declared])
     assert (old().f(0), new().f(0)) == ("right", "right")
-    declared.take_off()
+    revert([declared])
     assert (vars(old)["f"], vars(new)["f"]) == (before, before)
 
 
@@ -267,41 +275,41 @@ def test_the_last_of_two_copies_has_it(upstream):
     original = vars(upstream.C)["f"]
     first, second = new_patch(), new_patch()
     for last, other in ((second, first), (first, second), (second, first)):
-        other.put_on()
-        last.put_on()
+        apply([other])
+        apply([last])
         assert (last.active, other.active) == (True, False)
         assert vars(upstream.C)["f"].__wrapped__ is original
         assert state(last) == ("applied", "")
         assert other.overwritten()
         assert state(other)[0] == "refused"
-        other.take_off()  # nothing of it is left
+        revert([other])  # nothing of it is left
         assert upstream.C().f(0) == "right"
-    second.take_off()
+    revert([second])
     assert vars(upstream.C)["f"] is original
 
 
 def test_a_function_lives_in_all_modules_that_imported_it(upstream, monkeypatch):
     exec("def f(self, data): return 'stock'", vars(upstream))
     importer, other = types.ModuleType("importer"), types.ModuleType("other")
-    importer.f = original = upstream.f
+    importer.f = importer.under_another_name = original = upstream.f
     other.f = lambda self, data: "stock"  # of the same name, and nobody's business
     untouched = other.f
     monkeypatch.setitem(sys.modules, "importer", importer)
     monkeypatch.setitem(sys.modules, "other", other)
     declared = new_patch(path="f")
-    declared.put_on()
-    assert importer.f is upstream.f is not original
+    apply([declared])
+    assert importer.f is importer.under_another_name is upstream.f is not original
     assert other.f is untouched
     late = types.ModuleType("late")
     late.f = upstream.f
     monkeypatch.setitem(sys.modules, "late", late)
-    declared.take_off()
-    assert importer.f is upstream.f is late.f is original
+    revert([declared])
+    assert importer.f is importer.under_another_name is upstream.f is late.f is original
     assert other.f is untouched
 
 
 def test_a_status_is_a_record(upstream):
     status = new_patch().status(True)
-    assert str(status) == f"{'pending':<14} {NAME}:C.f\n{'':<14}   a reason"
+    assert str(status) == f"{'pending':<14} {NAME}:C.f\n{'':<14}   a problem; a fix"
     with pytest.raises(dataclasses.FrozenInstanceError):
         status.state = "applied"

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import hf_packfix
 from hf_packfix.patches import PATCHES, Patch, probe, transformers_trainer
-from hf_packfix.patches.patch import _resolve
+from hf_packfix.patches.targets import resolve
 from tests import drift
 from tests.test_prepare_input import META
 
@@ -25,9 +25,9 @@ from tests.test_prepare_input import META
 PROBED = [
     patch
     for patch in PATCHES
-    if patch.handled is not None
+    if patch.upstream_supports is not None
     and drift.state_here(patch) == "applied"
-    and patch is not transformers_trainer.get_batch_samples
+    and patch.path != "Trainer.get_batch_samples"
 ]
 
 
@@ -39,15 +39,15 @@ def on_meta(**fields: Any) -> PackedSequence:
 
 
 def wrapper_of(patch: Patch) -> Any:
-    module = import_module(patch.module)
+    import_module(patch.module)
     hf_packfix.enable()
     assert patch.active
-    return _resolve(module, patch.path)[2]
+    return resolve(patch.module, patch.path)[1]
 
 
 @pytest.mark.parametrize("patch", PROBED, ids=lambda patch: patch.path)
 def test_the_wrapper_passes_the_probe(patch: Patch):
-    assert patch.handled(wrapper_of(patch)) is True
+    assert patch.upstream_supports(wrapper_of(patch)) is True
 
 
 def test_the_probe_is_two_sequences_out_of_order():
@@ -72,7 +72,7 @@ def test_operations_count_the_tokens_three_times_the_parameters_twice(factor):
             inputs = {"x": inputs["x"].data}
         return trainer.model.floating_point_ops(inputs) * factor / 6
 
-    assert transformers_trainer._handles_floating_point_ops(counting) == (factor == 6)
+    assert transformers_trainer._counts_operations(counting) == (factor == 6)
 
 
 @pytest.mark.parametrize(("counted", "expected"), [(3, True), (4, False), (0, False)])
@@ -86,8 +86,8 @@ def test_tokens_counted_and_items(counted, expected):
         assert isinstance(batch["labels"], PackedSequence)
         return torch.tensor(counted, device=device)
 
-    assert transformers_trainer._handles_token_count(tokens) is expected
-    assert transformers_trainer._handles_item_count(items) is expected
+    assert transformers_trainer._counts_tokens(tokens) is expected
+    assert transformers_trainer._counts_items(items) is expected
 
 
 PACK = probe.packed()
@@ -130,9 +130,9 @@ HALF_MADE = {
 @pytest.mark.parametrize("patch", [p for p in PROBED if p.path in HALF_MADE], ids=lambda patch: patch.target)
 def test_a_fix_that_is_half_made_does_not_pass(patch):
     right, *wrong = HALF_MADE[patch.path]
-    assert patch.handled(right) is True
+    assert patch.upstream_supports(right) is True
     for function in wrong:
-        assert not patch.handled(function)
+        assert not patch.upstream_supports(function)
 
 
 @pytest.mark.parametrize("missing", [None, "_get_num_items_in_batch", "_track_num_input_tokens"])

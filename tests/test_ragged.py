@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import EvalLoopContainer
 from hf_packfix import ragged
 from hf_packfix.patches import accelerate_utils_operations
 from tests.oracle import Tagger, new_trainer, packed_batch, padded_batch, rows, stock
+from tests.patched import patch_of
 from tests.test_evaluate import assert_same_report, assert_same_tree, report
 
 LENGTHS = [[3, 1], [1, 1, 1], [2, 7], [7], [4, 6, 5]]
@@ -256,13 +257,13 @@ def test_gathering_lengths_with_another_process(monkeypatch, changed):
             return torch.cat([tree, tree])
         return {key: from_two_processes(value) for key, value in tree.items()}
 
-    patch = accelerate_utils_operations.gather
+    patch = patch_of("accelerate.utils.operations:gather")
     monkeypatch.setattr(patch, "active", True)
     rectangle = ragged.remember(torch.tensor([[1, 2], [3, -100]]), torch.tensor([2, 1]))
     if changed:
         rectangle += 1
     tree = {"rectangle": rectangle, "numbers": torch.tensor([7, 8])}
-    found = patch._make(from_two_processes, patch)(tree)
+    found = patch.wrap(from_two_processes)(tree)
     assert torch.equal(found["rectangle"], torch.cat([rectangle, rectangle]))
     assert found["numbers"].tolist() == [7, 8, 7, 8]
     assert ragged.lengths_of(found["numbers"]) is None
@@ -276,31 +277,38 @@ def test_gathering_lengths_with_another_process(monkeypatch, changed):
 
 
 @pytest.mark.parametrize("shapes", [[(3,), (1,)], [(1,), (3,)], [(), (1,)]], ids=str)
-@pytest.mark.parametrize("forgotten", [False, True])
+@pytest.mark.parametrize("forgotten", ["none", "second", "both"])
 def test_batches_that_differ_in_their_features_are_not_broadcast(shapes, forgotten):
-    pieces = [pack_sequence([torch.ones(1, *shape)]) for shape in shapes]  # one step, which fits into any other
-    trees = [rectangles(piece) for piece in pieces]
-    trees[1] = forgetful(trees[1]) if forgotten else trees[1]
-    with pytest.raises(ValueError, match=r"must agree in what follows \[B, T\], found \["):
-        collect(trees)
+    # One step, which fits into any other.
+    pieces = [pack_sequence([torch.ones(1 + number, *shape)]) for number, shape in enumerate(shapes)]
+    first, second = map(rectangles, pieces)
+    first = forgetful(first) if forgotten == "both" else first
+    second = second if forgotten == "none" else forgetful(second)
+
+    def join():
+        batches = ragged.Pieces(-100)
+        batches.add(first)
+        batches.add(second)
+        return batches.merge()
+
+    with pytest.raises(ValueError, match="batches can be joined only if their steps have one shape"):
+        join()
 
 
-def test_bytes_are_gathered_in_a_dtype_that_can_be_sent(monkeypatch):
+def test_bytes_are_gathered_in_a_dtype_that_can_be_sent():
     sent = []
 
     def from_two_processes(tree: Any) -> Any:
         sent.append(tree)
         return torch.cat([tree, tree])
 
-    patch = accelerate_utils_operations.gather
-    monkeypatch.setattr(patch, "active", True)
     rectangle = ragged.remember(torch.tensor([[1, 200], [3, -100]], dtype=torch.int16), torch.tensor([2, 1]))
-    found = patch._make(from_two_processes, patch)(rectangle)
+    found = accelerate_utils_operations.gather(from_two_processes, rectangle)
     assert sent[0].dtype == torch.int32
     assert found.dtype == torch.int16
     assert torch.equal(found, torch.cat([rectangle, rectangle]))
     assert ragged.lengths_of(found).tolist() == [2, 1, 2, 1]
-    assert patch._make(lambda tree: tree, patch)(rectangle) is rectangle  # in a single process
+    assert accelerate_utils_operations.gather(lambda tree: tree, rectangle) is rectangle  # in a single process
 
 
 @pytest.mark.parametrize("moved", [False, True])

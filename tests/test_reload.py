@@ -78,19 +78,19 @@ def test_a_reloaded_module_of_functions():
         RELOADS
         + """
 from transformers import trainer, trainer_pt_utils as pt_utils
-before = trainer.nested_detach.__wrapped__
+originals = [trainer.nested_detach.__wrapped__]  # not by a name of this module, where they would be replaced
 importlib.reload(pt_utils)
-after = pt_utils.nested_detach
+originals.append(pt_utils.nested_detach)
 assert not hf_packfix.is_enabled()
 for _ in range(3):
     hf_packfix.enable()
     assert hf_packfix.is_enabled()
-    assert trainer.nested_detach.__wrapped__ is before
-    assert pt_utils.nested_detach.__wrapped__ is after
+    assert trainer.nested_detach.__wrapped__ is originals[0]
+    assert pt_utils.nested_detach.__wrapped__ is originals[1]
     assert build(packed_batch).evaluate()["eval_loss"] > 0
     hf_packfix.disable()
-    assert trainer.nested_detach is before
-    assert pt_utils.nested_detach is after
+    assert trainer.nested_detach is originals[0]
+    assert pt_utils.nested_detach is originals[1]
 """
     )
 

@@ -1,6 +1,6 @@
 """``hf-packfix run`` beside Python itself: the same program, the same way, on every Python at hand.
 
-What hf_packfix depends on is a stand-in here, since what is tested is how a program runs; ``test_installed.py`` trains.
+What hf_packfix depends on is a stand-in here, since the test is how a program runs; ``test_installed.py`` trains.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ ENDS = {
     "exits": "import sys; sys.exit(7)",
     "exits with a text": "import sys; sys.exit('enough')",
     "exits without a status": "raise SystemExit",
-    "raises": "def f():\n    1 / 0\ntry:\n    f()\nexcept ZeroDivisionError as error:\n    raise KeyError('x') from error",
+    "raises": "def f():\n    1 / 0\ntry:\n    f()\nexcept ZeroDivisionError as e:\n    raise KeyError('x') from e",
     "raises in a thread": "import threading\nthreading.Thread(target=lambda: 1 / 0, name='t').start()",
     "raises at exit": "import atexit\natexit.register(lambda: 1 / 0)",
     "raises in an import": "import json.nowhere",

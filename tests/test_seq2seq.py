@@ -10,7 +10,6 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from transformers import GenerationConfig, Seq2SeqTrainer
 
-from hf_packfix.patches import transformers_trainer_seq2seq
 from hf_packfix.patches.transformers_trainer_seq2seq import _for_generation
 from tests.oracle import (
     Classifier,
@@ -25,6 +24,7 @@ from tests.oracle import (
     stock,
     train,
 )
+from tests.patched import patch_of
 from tests.test_evaluate import assert_same_report, assert_same_tree, compare, report
 
 PAD = 16
@@ -152,11 +152,11 @@ def test_the_mask_of_features_has_one_number_a_step():
 
 @pytest.mark.parametrize(("collate", "loss_only"), [(padded_batch, False), (packed_batch, True), (padded_batch, True)])
 def test_a_step_without_generation_or_packs_is_the_original_s_alone(collate, loss_only):
-    patch = transformers_trainer_seq2seq.prediction_step
+    patch = patch_of("transformers.trainer_seq2seq:Seq2SeqTrainer.prediction_step")
     given = []
     trainer = SimpleNamespace(args=SimpleNamespace(predict_with_generate=True), model=torch.nn.Linear(1, 1))
     arguments = (trainer, trainer.model, collate(rows(3)), loss_only)
-    patch._make(lambda *args: given.append(args), patch)(*arguments)
+    patch.wrap(lambda *args: given.append(args))(*arguments)
     ((*found,),) = given
     assert all(ours is theirs for ours, theirs in zip(found, arguments, strict=True))
 

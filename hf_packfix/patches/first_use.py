@@ -1,8 +1,8 @@
-"""Where a Trainer is used for the first time: the last moment to apply the patches of a module whose hook never ran.
+"""The first use of a Trainer: the last moment to apply the patches of a module whose import hook never ran.
 
-Of a module that a foreign import hook loads, ours hears nothing. But every Trainer makes an ``Accelerator`` when it is
-made, and a ``DataLoader`` when it is used. These two are wrapped while a patch is pending. They change nothing of what
-a Trainer does with packs, and are not among the patches that ``status()`` lists.
+If a third-party import hook loads a module, ours is not called. But every Trainer makes an ``Accelerator`` when it is
+made, and a ``DataLoader`` when it is used. These two are wrapped while a patch is pending. They do not change how
+packed batches are handled, and are not among the patches that ``status()`` lists.
 """
 
 from __future__ import annotations
@@ -10,24 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hf_packfix.patches.patch import Function, Patch, patch
+from hf_packfix.patches.declare import Declaration, around
+from hf_packfix.patches.patch import Function
 
-__all__ = ["PATCHES"]
+__all__ = ["call_before"]
 
 #: Called before the original; ``hf_packfix.activation`` sets it.
 before: Callable[[], None] = lambda: None  # noqa: E731
 
-
-def _call_before(original: Function, patch: Patch) -> Function:
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        if patch.active:
-            before()
-        original(self, *args, **kwargs)
-
-    return __init__
+_DECLARATION: Declaration = {
+    "parameters": ("self",),
+    "problem": "import hooks of other packages may keep ours from running",
+    "fix": "applies what is pending when a Trainer is first used",
+    "group": "first_use",
+}
 
 
-PATCHES = tuple(
-    patch(target, reason="import hooks of others may keep ours from running", parameters=("self",))(_call_before)
-    for target in ("accelerate.accelerator:Accelerator.__init__", "torch.utils.data.dataloader:DataLoader.__init__")
-)
+@around("torch.utils.data.dataloader:DataLoader.__init__", **_DECLARATION)
+@around("accelerate.accelerator:Accelerator.__init__", **_DECLARATION)
+def call_before(original: Function, self: Any, *args: Any, **kwargs: Any) -> None:
+    """Call :data:`before`, then the original."""
+    before()
+    original(self, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""What ``Trainer._prepare_input`` is taught: to move PackedSequences, and to rebuild other named tuples."""
+"""The wrapper of ``Trainer._prepare_input``: moves PackedSequences, and rebuilds other named tuples."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from hf_packfix.nested import LEAVES, is_namedtuple, rebuild
 from hf_packfix.packed import Countable, PackedSequence, with_data
 from hf_packfix.patches.patch import Function, Patch
 
-# What batches are mostly made of. None of these is a named tuple, and to look a type up takes less than to ask a
-# value what it is.
+# The types that most batches consist of. None is a named tuple, and a lookup of the type is faster than `isinstance`.
 _ORDINARY = LEAVES | {dict, list, tuple}
 
-# Said here, before the first forward: `DataParallel.scatter` would split the fields of a pack one by one and
-# die on `batch_sizes` with a message that names neither the cause nor a way out.
+# Raised here, before the first forward: `DataParallel.scatter` would split the fields of a PackedSequence one by one
+# and fail on `batch_sizes` with a message that names neither the cause nor a way out.
 _DATA_PARALLEL = (
     "nn.DataParallel, which the Trainer uses for {0} GPUs without a launcher, cannot split a PackedSequence. Start a "
     "process for each GPU, with `torchrun --nproc-per-node {0} SCRIPT` or `accelerate launch --num_processes {0} "
@@ -23,17 +22,17 @@ _DATA_PARALLEL = (
 
 
 def wrap(original: Function, patch: Patch) -> Function:
-    """Return a ``_prepare_input`` that knows named tuples.
+    """Return a ``_prepare_input`` that handles named tuples.
 
-    The hottest patch: called for every leaf of every batch, so that every instruction shows, and every variable that
-    it has from here, which Python copies at each call. What batches are mostly made of is asked for nothing but its
-    type.
+    Hand-made, since it is called for every leaf of every batch: every instruction shows, and so does every variable
+    that it closes over, which Python copies at each call. Of ordinary values only the type is looked at.
 
     Args:
         original: ``_prepare_input``, which calls itself through the Trainer for what is nested.
         patch: the patch that the wrapper belongs to.
     """
-    # Nobody stands between: of a tensor, upstream's own function does just this much, but for DeepSpeed's cast.
+    # True if upstream's own function is wrapped directly; for a tensor it only calls `.to(device)`, and casts for
+    # DeepSpeed.
     upstream = getattr(original, "__globals__", None) is vars(sys.modules[patch.module])
 
     def _prepare_input(self: Any, data: Any) -> Any:
@@ -52,7 +51,7 @@ def wrap(original: Function, patch: Patch) -> Function:
     def prepare_packed(trainer: Any, data: PackedSequence) -> PackedSequence:
         packed = data.plain() if isinstance(data, Countable) else data
         arguments, prepare = trainer.args, trainer._prepare_input
-        # What the property `n_gpu` returns, which takes longer than a tensor that need not move.
+        # The property `n_gpu` returns this, but takes longer than the rest for a tensor that need not move.
         if getattr(arguments, "_n_gpu", 1) > 1:
             raise ValueError(_DATA_PARALLEL.format(arguments.n_gpu))
         direct = upstream and getattr(prepare, "__func__", None) is _prepare_input

@@ -5,35 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from hf_packfix.patches import probe
-from hf_packfix.patches.patch import Function, Patch, patch
+from hf_packfix.patches.declare import around
+from hf_packfix.patches.lazily import nested, packed, torch
+from hf_packfix.patches.patch import Function
 
-__all__ = ["PATCHES"]
+__all__ = ["_apply_to_tensors"]
 
 
-@patch(
+@around(
     "torch.distributed.utils:_apply_to_tensors",
-    reason="calls the function on the data of a pack and drops the result: FSDP's mixed precision casts nothing",
     parameters=("fn", "container"),
-    handled=lambda original: original(lambda data: data.float(), probe.packed()).data.is_floating_point(),
+    problem="applies a function to the data of a PackedSequence and drops the result, so that FSDP casts nothing",
+    fix="keeps the result as data",
+    upstream_supports=lambda original: original(lambda data: data.float(), probe.packed()).data.is_floating_point(),
 )
-def apply_to_tensors(original: Function, patch: Patch) -> Function:
-    """Put the result back as ``data``; a function that gives no tensor, such as a hook, changes nothing."""
-    import torch
+def _apply_to_tensors(original: Function, fn: Any, container: Any) -> Any:
+    """Keep the result as ``data``, unless it is no tensor: some functions only add a hook."""
+    if not nested.contains(container):
+        return original(fn, container)
 
-    from hf_packfix import nested
-    from hf_packfix.packed import PackedSequence, with_data
+    def apply(leaf: packed.PackedSequence, _: Any) -> packed.PackedSequence:
+        data = fn(leaf.data)
+        return packed.with_data(leaf, data) if isinstance(data, torch.Tensor) else leaf
 
-    def _apply_to_tensors(fn: Any, container: Any) -> Any:
-        if not (patch.active and nested.contains(container)):
-            return original(fn, container)
-
-        def apply(packed: PackedSequence, _: Any) -> PackedSequence:
-            data = fn(packed.data)
-            return with_data(packed, data) if isinstance(data, torch.Tensor) else packed
-
-        return nested.graft(apply, container, original(fn, nested.replace(lambda packed: (), container)))
-
-    return _apply_to_tensors
-
-
-PATCHES = (apply_to_tensors,)
+    rest = original(fn, nested.replace(lambda leaf: (), container))
+    return nested.graft(apply, container, rest)

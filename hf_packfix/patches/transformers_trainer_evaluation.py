@@ -1,4 +1,4 @@
-"""``transformers.trainer``: evaluation that finds no labels, or torn packs, and would say nothing of it.
+"""``transformers.trainer``: evaluation that stock does silently, on inconsistent packed sequences or without labels.
 
 What the evaluation loop does to a packed batch is done by functions of ``transformers.trainer_pt_utils`` and
 ``accelerate.utils.operations``, and patched there.
@@ -12,62 +12,57 @@ from contextvars import ContextVar
 from typing import Any
 
 from hf_packfix.notices import warn_once
+from hf_packfix.patches.declare import around
 from hf_packfix.patches.label_names import warn_of_uncovered_labels
-from hf_packfix.patches.patch import Function, Patch, patch
+from hf_packfix.patches.lazily import nested, packed, ragged, torch
+from hf_packfix.patches.patch import Function
 
-__all__ = ["PATCHES"]
+__all__ = ["evaluation_loop", "prediction_step"]
 
 # `predict` on rows without labels is nothing to warn of, and only the loop knows which of the two it is.
 _evaluating: ContextVar[bool] = ContextVar("hf_packfix_evaluating", default=False)
 
 
-@patch(
+@around(
     "transformers.trainer:Trainer.evaluation_loop",
-    reason="says whether it evaluates or predicts, for the warning about labels under another name",
     parameters=("self", "dataloader", "description"),
+    problem="calls the same functions for evaluate() and predict()",
+    fix="notes which of them runs, for the warning about labels under another name",
 )
-def evaluation_loop(original: Function, patch: Patch) -> Function:
-    """Note what the loop runs for, and that it begins."""
-    from hf_packfix import ragged
-
-    def evaluation_loop(self: Any, dataloader: Any, description: Any, *args: Any, **kwargs: Any) -> Any:
-        token = _evaluating.set(patch.active and description == "Evaluation")
-        try:
-            with ragged.evaluation_loop():
-                return original(self, dataloader, description, *args, **kwargs)
-        finally:
-            _evaluating.reset(token)
-
-    return evaluation_loop
+def evaluation_loop(
+    original: Function, self: Any, dataloader: Any, description: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Note that a loop begins, and whether it evaluates."""
+    token = _evaluating.set(description == "Evaluation")
+    try:
+        with ragged.evaluation_loop():
+            return original(self, dataloader, description, *args, **kwargs)
+    finally:
+        _evaluating.reset(token)
 
 
-@patch(
+@around(
     "transformers.trainer:Trainer.prediction_step",
-    reason="evaluates without a word on torn packs, or when no label name covers the target; raises, or warns",
     parameters=("self", "model", "inputs"),
+    problem="evaluates silently on inconsistent packed sequences, or when no label name covers the target",
+    fix="raises, or warns",
 )
-def prediction_step(original: Function, patch: Patch) -> Function:
-    """Check a packed batch and what the model returns for it, and warn of what would be wrong in silence.
+def prediction_step(original: Function, self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """Check a packed batch and what the model returns for it, and warn of what would be wrong silently.
 
     Raises:
         ValueError: the fields of a PackedSequence contradict each other.
     """
-    from hf_packfix.nested import check_batch
-    from hf_packfix.ragged import note_steps
-
-    def prediction_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if not (patch.active and check_batch(inputs)):
-            return original(self, model, inputs, *args, **kwargs)
-        if _evaluating.get():
-            warn_of_uncovered_labels(self, inputs)
-            _warn_of_several_batch_sizes(inputs)
-        with _bare_outputs_in_a_tuple(self):
-            result = original(self, model, inputs, *args, **kwargs)
-        note_steps(_steps_by_name(inputs, result))
-        _warn_of_dropped_indices(inputs, result)
-        return result
-
-    return prediction_step
+    if not nested.check_batch(inputs):
+        return original(self, model, inputs, *args, **kwargs)
+    if _evaluating.get():
+        warn_of_uncovered_labels(self, inputs)
+        _warn_of_several_batch_sizes(inputs)
+    with _bare_outputs_in_a_tuple(self):
+        result = original(self, model, inputs, *args, **kwargs)
+    ragged.note_steps(_steps_by_name(inputs, result))
+    _warn_of_dropped_indices(inputs, result)
+    return result
 
 
 @contextmanager
@@ -77,13 +72,11 @@ def _bare_outputs_in_a_tuple(trainer: Any) -> Iterator[None]:
     Upstream takes outputs that are no dict for a tuple that begins with the loss: ``outputs[1:]`` would be the fields
     of the PackedSequence without its data.
     """
-    from hf_packfix.packed import PackedSequence
-
     compute_loss, own = trainer.compute_loss, vars(trainer).get("compute_loss")
 
     def with_outputs_in_a_tuple(*args: Any, **kwargs: Any) -> Any:
         result = compute_loss(*args, **kwargs)
-        if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], PackedSequence):
+        if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], packed.PackedSequence):
             return result[0], result
         return result
 
@@ -99,12 +92,9 @@ def _bare_outputs_in_a_tuple(trainer: Any) -> Iterator[None]:
 
 def _warn_of_several_batch_sizes(inputs: Mapping[str, Any]) -> None:
     """Warn if the sequences of one key are not the rows of the batch: the first key counts, as upstream has it."""
-    from hf_packfix.nested import sequences_of_keys
-    from hf_packfix.packed import PackedSequence
-
-    sizes = sequences_of_keys(inputs)
+    sizes = nested.sequences_of_keys(inputs)
     first = next(iter(inputs))
-    if len(set(sizes.values())) > 1 and isinstance(inputs[first], PackedSequence):
+    if len(set(sizes.values())) > 1 and isinstance(inputs[first], packed.PackedSequence):
         others = ", ".join(f"{key!r} has {size}" for key, size in sizes.items() if size != sizes[first])
         warn_once(
             f"the packed sequences of a batch differ in number: {first!r} has {sizes[first]} sequences, {others}. "
@@ -116,31 +106,24 @@ def _warn_of_several_batch_sizes(inputs: Mapping[str, Any]) -> None:
 
 def _steps_by_name(inputs: Mapping[str, Any], result: Any) -> dict[str, list[int]]:
     """Return the shape of the steps of each packed key of a batch, and of what the model returned for it."""
-    from hf_packfix.packed import PackedSequence
-
     outputs = result[1] if isinstance(result, tuple) and len(result) > 1 else None
     named = [(repr(key), value) for key, value in inputs.items()]
-    if isinstance(outputs, tuple) and not isinstance(outputs, PackedSequence):
+    if isinstance(outputs, tuple) and not isinstance(outputs, packed.PackedSequence):
         named += [(f"output {place} of the model", output) for place, output in enumerate(outputs)]
     else:
         named.append(("the output of the model", outputs))
-    return {name: list(value.data.shape[1:]) for name, value in named if isinstance(value, PackedSequence)}
+    return {name: list(value.data.shape[1:]) for name, value in named if isinstance(value, packed.PackedSequence)}
 
 
 def _warn_of_dropped_indices(inputs: Mapping[str, Any], result: Any) -> None:
     """Warn if the model returned the packing of an input without its index tensors: its rows would be out of order."""
-    import torch
-
-    from hf_packfix.nested import packed_in
-    from hf_packfix.packed import PackedSequence, same_packing
-
-    packed_inputs = {key: value for key, value in inputs.items() if isinstance(value, PackedSequence)}
-    for output in packed_in(result[1] if isinstance(result, tuple) and len(result) > 1 else None):
+    packed_inputs = {key: value for key, value in inputs.items() if isinstance(value, packed.PackedSequence)}
+    for output in nested.packed_in(result[1] if isinstance(result, tuple) and len(result) > 1 else None):
         for key, value in packed_inputs.items():
             if (
                 (value.sorted_indices is None) != (output.sorted_indices is None)
                 and torch.equal(value.batch_sizes, output.batch_sizes)
-                and not same_packing(value, output)
+                and not packed.same_packing(value, output)
             ):
                 without, with_them = ("output", key) if output.sorted_indices is None else (key, "output")
                 warn_once(
@@ -150,6 +133,3 @@ def _warn_of_dropped_indices(inputs: Mapping[str, Any], result: Any) -> None:
                     f"x._replace(data=...), or PackedSequence(data, x.batch_sizes, x.sorted_indices, "
                     f"x.unsorted_indices); or let the collator sort the rows and pack with enforce_sorted=True"
                 )
-
-
-PATCHES = (evaluation_loop, prediction_step)

@@ -6,47 +6,45 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_packfix.patches.patch import Function, Patch, patch
+from hf_packfix.patches.declare import around
+from hf_packfix.patches.lazily import nested, packed, torch
+from hf_packfix.patches.patch import Function
 
-__all__ = ["PATCHES"]
+__all__ = ["prediction_step"]
 
 
-@patch(
+@around(
     "transformers.trainer_seq2seq:Seq2SeqTrainer.prediction_step",
-    reason="predict_with_generate asks labels and inputs for their shape; generates from padded inputs",
     parameters=("self", "model", "inputs", "prediction_loss_only"),
+    problem="predict_with_generate asks packed labels and inputs for their shape",
+    fix="generates from padded inputs",
 )
-def prediction_step(original: Function, patch: Patch) -> Function:
-    """Generate from rectangles, compute the loss from the packed batch.
+def prediction_step(
+    original: Function, self: Any, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+) -> Any:
+    """Generate from padded tensors, compute the loss from the packed batch.
 
-    The original calls ``self.model.generate`` once with the inputs, ``model`` once with the same inputs for
-    the loss, and pads the labels like the generated tokens. It gets rectangles, and a ``model`` that swaps the
-    packed batch back in. It smooths the labels as they are in the batch, without the shift that a language model
-    needs: for models that declare ``labels_in_loss`` (see ``transformers_trainer.py``), over these.
+    The original calls ``self.model.generate`` once with the inputs, ``model`` once with the same inputs for the loss,
+    and pads the labels like the generated tokens. It gets padded tensors, and a ``model`` that is called with the
+    packed batch instead. It smooths the labels as they are in the batch, without the shift of a language model: for
+    models that declare ``labels_in_loss`` (see ``transformers_trainer.py``), it smooths over these.
     """
-    from hf_packfix import nested
-
-    def prediction_step(
-        self: Any, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not patch.active or prediction_loss_only or not self.args.predict_with_generate:
+    if prediction_loss_only or not self.args.predict_with_generate:
+        return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
+    with _smoothing_over_labels_in_loss(self, inputs):
+        if not nested.contains(inputs):
             return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
-        with _smoothing_over_labels_in_loss(self, inputs):
-            if not nested.contains(inputs):
-                return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
 
-            def model_on_packed(**_: Any) -> Any:
-                return model(**self._prepare_inputs(inputs))
+        def model_on_packed(**_: Any) -> Any:
+            return model(**self._prepare_inputs(inputs))
 
-            padded = _for_generation(self.model, inputs)
-            return original(self, model_on_packed, padded, prediction_loss_only, *args, **kwargs)
-
-    return prediction_step
+        padded = _for_generation(self.model, inputs)
+        return original(self, model_on_packed, padded, prediction_loss_only, *args, **kwargs)
 
 
 @contextlib.contextmanager
 def _smoothing_over_labels_in_loss(trainer: Any, inputs: Any) -> Iterator[None]:
-    """Let the Trainer's smoother compare logits with what the model says they predict, if it says so."""
+    """Let the Trainer's smoother compare logits with the labels that the model declares for them, if it does."""
     smoother = getattr(trainer, "label_smoother", None)
     labels_in_loss = getattr(trainer.model, "labels_in_loss", None)
     if smoother is None or labels_in_loss is None or inputs.get("labels") is None:
@@ -60,15 +58,11 @@ def _smoothing_over_labels_in_loss(trainer: Any, inputs: Any) -> Iterator[None]:
 
 
 def _for_generation(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``inputs`` with rectangles instead of packs, and an ``attention_mask`` ``[B, T]`` where it is due.
+    """Return ``inputs`` with padded tensors, and an ``attention_mask`` ``[B, T]`` if the main input was packed.
 
-    A decoder-only model continues its prompt, so that padding stands on the left; an encoder does not care,
-    and takes it on the right. Labels are padded with -100 on the right.
+    A decoder-only model continues its prompt, so padding goes on the left; for an encoder it goes on the right. Labels
+    are padded with -100 on the right.
     """
-    import torch
-
-    from hf_packfix.packed import PackedSequence, pad, pad_left, with_data
-
     config = getattr(model, "config", None)
     on_the_left = not getattr(config, "is_encoder_decoder", False)
     token = getattr(config, "pad_token_id", None) or 0
@@ -76,17 +70,14 @@ def _for_generation(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
     padded: dict[str, Any] = {}
     for key, value in inputs.items():
-        if not isinstance(value, PackedSequence):
+        if not isinstance(value, packed.PackedSequence):
             padded[key] = value
         elif key == "labels":
-            padded[key] = pad(value, -100, promote=True)
+            padded[key] = packed.pad(value, -100, promote=True)
         else:
             filling = token if key.endswith("input_ids") else 0
-            padded[key] = pad_left(value, filling) if on_the_left else pad(value, filling)
-    if isinstance(main, PackedSequence) and "attention_mask" not in padded:
-        real = with_data(main, torch.ones(main.data.shape[0], dtype=torch.int64, device=main.data.device))
-        padded["attention_mask"] = pad_left(real, 0) if on_the_left else pad(real, 0)
+            padded[key] = packed.pad_left(value, filling) if on_the_left else packed.pad(value, filling)
+    if isinstance(main, packed.PackedSequence) and "attention_mask" not in padded:
+        real = packed.with_data(main, torch.ones(main.data.shape[0], dtype=torch.int64, device=main.data.device))
+        padded["attention_mask"] = packed.pad_left(real, 0) if on_the_left else packed.pad(real, 0)
     return padded
-
-
-PATCHES = (prediction_step,)

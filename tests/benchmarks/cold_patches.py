@@ -87,7 +87,7 @@ def run(quick: bool) -> Table:
         samples = interleave(
             {
                 label: per_call(f"call({', '.join(names)})", number, call=function, **names)
-                for label, function in (("with", patch._make(nothing, patch)), ("without", nothing))
+                for label, function in (("with", patch.wrap(nothing)), ("without", nothing))
             },
             repeats,
         )

@@ -136,7 +136,7 @@ def by_difference(cell: str, rows: list[Batch]) -> float:
         name = patch.path.rpartition(".")[2]
         if patch.path.startswith("Trainer.") and patch.active:
             wrappers[name] = vars(Trainer)[name]
-            setattr(Trainer, name, timed(patch._make(timed(wrappers[name].__wrapped__, -1), patch), 1))
+            setattr(Trainer, name, timed(patch.wrap(timed(wrappers[name].__wrapped__, -1)), 1))
     try:
         total, _ = through_trainer(cell, rows, DataCollatorForPackedSequence())
     finally:

@@ -1,0 +1,169 @@
+"""How a patch is declared: a decorator on the function that does the work.
+
+``@around``
+    The function is called instead of the original. For anything.
+``@on_leaf``
+    The function returns the answer for one PackedSequence, the first argument. For originals that call themselves by
+    their global name for what is nested.
+``@on_every_packed``
+    The function returns the answer for each PackedSequence in the first argument, and the original does the rest. For
+    originals that walk a nested batch on their own.
+``@hand_made``
+    The function makes the wrapper. For the hottest ones.
+
+The function gets the original first, then the arguments of the call. It runs only while the patch is active. All four
+decorators return the function as it is and take the same keywords, those of :class:`hf_packfix.patches.patch.Patch`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+from hf_packfix.patches.lazily import nested, packed
+from hf_packfix.patches.patch import Function, Group, Patch
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["around", "declared", "hand_made", "on_every_packed", "on_leaf"]
+
+F = TypeVar("F", bound=Function)
+
+
+class _Required(TypedDict):
+    parameters: tuple[str, ...]
+    problem: str
+    fix: str
+
+
+class Declaration(_Required, total=False):
+    """The keywords of every decorator; see :class:`hf_packfix.patches.patch.Patch`."""
+
+    upstream_supports: Callable[[Function], bool]
+    since: str
+    until: str
+    issue: str
+    group: Group
+
+
+_declared: dict[str, Patch] = {}
+
+
+def declared(group: Group) -> tuple[Patch, ...]:
+    """Return the patches of a group, in the order in which they were declared."""
+    return tuple(patch for patch in _declared.values() if patch.group == group)
+
+
+def around(target: str, **declaration: Unpack[Declaration]) -> Callable[[F], F]:
+    """Declare a patch whose function is called instead of the original, ``function(original, *arguments)``."""
+
+    def declare(function: F) -> F:
+        return _declare(target, partial(_around, function), function, declaration)
+
+    return declare
+
+
+def on_leaf(
+    target: str, *, rebuilds_named_tuples: bool = False, **declaration: Unpack[Declaration]
+) -> Callable[[F], F]:
+    """Declare a patch whose function handles one PackedSequence, ``function(original, packed, *other_arguments)``.
+
+    Args:
+        target: ``module:path`` of the function.
+        rebuilds_named_tuples: whether the original rebuilds tuples from a generator, which named tuples refuse: they
+            are then rebuilt here, item by item.
+        declaration: the keywords of every decorator.
+    """
+
+    def declare(function: F) -> F:
+        return _declare(target, partial(_on_leaf, function, rebuilds_named_tuples), function, declaration)
+
+    return declare
+
+
+def on_every_packed(target: str, **declaration: Unpack[Declaration]) -> Callable[[F], F]:
+    """Declare a patch whose function handles each PackedSequence in a nested batch.
+
+    ``function(original, packed, *other_arguments)`` is what stands in its place in the result. The original gets the
+    batch with empty tuples in these places, and handles everything else.
+    """
+
+    def declare(function: F) -> F:
+        return _declare(target, partial(_on_every_packed, function), function, declaration)
+
+    return declare
+
+
+def hand_made(target: str, **declaration: Unpack[Declaration]) -> Callable[[F], F]:
+    """Declare a patch whose function makes the wrapper, ``function(original, patch)``; it must look at ``active``.
+
+    The wrapper has exactly the ``parameters`` of the declaration.
+    """
+
+    def declare(make: F) -> F:
+        _register(Patch(target, make, knows=declaration["parameters"], **declaration))
+        return make
+
+    return declare
+
+
+def _declare(target: str, make: Callable[[Function, Patch], Function], function: F, declaration: Declaration) -> F:
+    arguments = list(inspect.signature(function).parameters.values())[1:]
+    open_ended = any(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in arguments)
+    # The first one may have a name of its own, such as `leaf`.
+    names = (declaration["parameters"][0], *(parameter.name for parameter in arguments[1:]))
+    _register(Patch(target, make, knows=None if open_ended else names, **declaration))
+    return function
+
+
+def _register(patch: Patch) -> None:
+    _declared[patch.target] = patch
+
+
+def _around(function: Function, original: Function, patch: Patch) -> Function:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if patch.active:
+            return function(original, *args, **kwargs)
+        return original(*args, **kwargs)
+
+    return wrapper
+
+
+def _on_leaf(function: Function, rebuilds_named_tuples: bool, original: Function, patch: Patch) -> Function:
+    name = patch.parameters[0]
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        leaf = args[0] if args else kwargs.get(name)
+        if not (isinstance(leaf, tuple) and patch.active):
+            return original(*args, **kwargs)
+        others = args[1:]
+        kwargs.pop(name, None)
+        if isinstance(leaf, packed.PackedSequence):
+            return function(original, leaf, *others, **kwargs)
+        if rebuilds_named_tuples and nested.is_namedtuple(leaf):
+            return nested.rebuild(leaf, [wrapper(item, *others, **kwargs) for item in leaf])
+        return original(leaf, *others, **kwargs)
+
+    return wrapper
+
+
+def _on_every_packed(function: Function, original: Function, patch: Patch) -> Function:
+    name = patch.parameters[0]
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        tree = args[0] if args else kwargs.get(name)
+        if not (patch.active and nested.contains(tree)):
+            return original(*args, **kwargs)
+        others = args[1:]
+        kwargs.pop(name, None)
+
+        def answer(leaf: Any, _: Any) -> Any:
+            return function(original, leaf, *others, **kwargs)
+
+        rest = original(nested.replace(lambda leaf: (), tree), *others, **kwargs)
+        return nested.graft(answer, tree, rest)
+
+    return wrapper

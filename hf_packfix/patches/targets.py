@@ -1,0 +1,108 @@
+"""The functions and methods of other packages: finding one, what it wraps, and replacing it wherever it is held."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+__all__ = [
+    "Function",
+    "chain",
+    "exchange",
+    "is_loaded",
+    "loaded_without",
+    "location",
+    "parameters_of",
+    "resolve",
+]
+
+Function = Callable[..., Any]
+
+
+def is_loaded(module: str) -> bool:
+    """Return whether a module has been imported, or is being imported."""
+    return sys.modules.get(module) is not None
+
+
+def loaded_without(module: str) -> bool:
+    """Return whether a module's package is loaded to its last line and has no such module."""
+    package = sys.modules.get(module.rpartition(".")[0])
+    if package is None or getattr(getattr(package, "__spec__", None), "_initializing", False):
+        return False
+    try:
+        return importlib.util.find_spec(module) is None
+    except (ImportError, AttributeError, ValueError):
+        return False
+
+
+def resolve(module: str, path: str) -> tuple[Any, Function | None]:
+    """Return the class or module that holds a target, and the target as it is now; None for what is missing."""
+    import wrapt
+
+    loaded = sys.modules.get(module)
+    if loaded is None:
+        return None, None
+    try:
+        owner, name, _ = wrapt.resolve_path(loaded, path)
+    except AttributeError:
+        return None, None
+    # From the owner's own namespace: an inherited method is another patch's target, and `getattr` on a class would
+    # bind descriptors.
+    return owner, vars(owner).get(name)
+
+
+def exchange(changes: Iterable[tuple[Any, str, Function, Function]]) -> None:
+    """Replace functions wherever they are held, if they still are.
+
+    A method is replaced on its class alone. A function of a module is also replaced in every module that imported it,
+    under any name: ``transformers.trainer`` has imported those of ``transformers.trainer_pt_utils``.
+
+    Args:
+        changes: the class or module that owns the function, its path in the module, the function, and its replacement.
+    """
+    functions: dict[int, Function] = {}
+    for owner, path, old, new in changes:
+        name = path.rpartition(".")[2]
+        if isinstance(owner, types.ModuleType):
+            functions.setdefault(id(old), new)
+        elif owner is not None and vars(owner).get(name) is old:
+            setattr(owner, name, new)
+    if not functions:
+        return
+    # One pass for all of them. `vars`, not `getattr`: the lazy modules of transformers import on attribute access.
+    for module in list(sys.modules.values()):
+        namespace = getattr(module, "__dict__", {})
+        if functions.keys().isdisjoint(map(id, list(namespace.values()))):
+            continue
+        for name, value in list(namespace.items()):
+            if id(value) in functions:
+                setattr(module, name, functions[id(value)])
+
+
+def chain(function: Function | None) -> Iterator[Function]:
+    """Yield a function, what it wraps, and so on."""
+    seen: set[int] = set()
+    while function is not None and id(function) not in seen:
+        yield function
+        seen.add(id(function))
+        function = getattr(function, "__wrapped__", None)
+
+
+def parameters_of(function: Function) -> tuple[str, ...]:
+    """Return the names of a function's parameters; empty if Python cannot tell them."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def location(function: Any) -> str:
+    """Return the name, file and line of a function, even if ``functools.wraps`` gave it another one's name."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return repr(function)
+    return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"

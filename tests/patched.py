@@ -1,0 +1,13 @@
+"""The patches by their targets, for tests of one of them."""
+
+from __future__ import annotations
+
+from hf_packfix.patches import FAST_RNN, PATCHES, Patch
+
+__all__ = ["patch_of"]
+
+
+def patch_of(target: str) -> Patch:
+    """Return the patch of ``module:path``."""
+    (found,) = [patch for patch in PATCHES + FAST_RNN if patch.target == target]
+    return found
