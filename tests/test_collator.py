@@ -31,7 +31,9 @@ CONTENTS = [[3, 1, 2], [7], [5, 6, 5, 6, 8]]
 
 
 @pytest.mark.parametrize(
-    "make", [list, tuple, np.array, torch.tensor, lambda ids: [np.int64(i) for i in ids]], ids=str
+    "make",
+    [list, tuple, np.array, torch.tensor, lambda ids: [np.int64(i) for i in ids]],
+    ids=["list", "tuple", "array", "tensor", "list of NumPy numbers"],
 )
 def test_sequences_pack_as_torch_packs_them(make):
     batch = collate([{"input_ids": make(ids)} for ids in CONTENTS])

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from hf_packfix import versions
-from hf_packfix.patches import FAST_RNN, PATCHES
+from hf_packfix.patches import FAST_RNN, FIRST_USE, PATCHES
+from tests.patch_table import with_table
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "hf_packfix/docs"
@@ -122,6 +123,7 @@ def test_the_gate_is_what_the_package_requires():
         assert f'"{package}>={minimum}"' in pyproject
 
 
-def test_every_patch_is_in_the_table():
-    for patch in PATCHES + FAST_RNN:
-        assert f"`{patch.path}`" in TEXTS["how_it_works"], patch.target
+def test_the_table_of_patches_is_what_they_declare():
+    assert with_table(TEXTS["how_it_works"]) == TEXTS["how_it_works"], "run: python -m tests.patch_table"
+    for patch in PATCHES + FIRST_USE + FAST_RNN:
+        assert f"`{patch.path}`" in TEXTS["how_it_works"]

@@ -44,8 +44,9 @@ def evaluation_loop(
 @around(
     "transformers.trainer:Trainer.prediction_step",
     parameters=("self", "model", "inputs"),
-    problem="evaluates silently on inconsistent packed sequences, or when no label name covers the target",
-    fix="raises, or warns",
+    problem="evaluates silently on inconsistent packed sequences, or when no label name covers the target; cuts a "
+    "bare PackedSequence from compute_loss like a tuple",
+    fix="raises, or warns, and names the keys; predicts what the PackedSequence holds",
 )
 def prediction_step(original: Function, self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     """Check a packed batch and what the model returns for it, and warn of what would be wrong silently.
