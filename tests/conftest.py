@@ -15,6 +15,8 @@ import torch
 
 import hf_packfix
 
+pytest_plugins = ["tests.needed"]
+
 torch.set_num_threads(1)
 
 

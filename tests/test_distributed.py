@@ -12,10 +12,11 @@ import sys
 import warnings
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from accelerate.utils import operations
+from accelerate.utils import DistributedType, operations
 from torch.nn.utils.rnn import pack_sequence
 
 import hf_packfix
@@ -215,6 +216,15 @@ def sequences(pack):
     return [sequence.tolist() for sequence in packing.to_flat(pack)[0].split(packing.lengths(pack).tolist())]
 
 
+@pytest.mark.needs_patch(
+    "accelerate.utils.operations:find_batch_size",
+    "accelerate.utils.operations:slice_tensors",
+    "accelerate.utils.operations:concatenate",
+    "accelerate.utils.operations:get_data_structure",
+    "accelerate.utils.operations:initialize_tensors",
+    "accelerate.utils.operations:gather",
+    "accelerate.utils.operations:get_shape",
+)
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"x": [x, {"y": (x,)}]}], ids=["alone", "nested"])
 def test_operations(wrap):
     first, second, pack, other = two_packs()
@@ -305,6 +315,7 @@ def test_what_has_no_meaning_says_so(use, message):
         use(two_packs()[2])
 
 
+@pytest.mark.needs_patch("accelerate.accelerator:Accelerator.gather_for_metrics")
 def test_gather_for_metrics_cuts_the_last_batch_by_sequence():
     from accelerate import Accelerator
 
@@ -314,6 +325,31 @@ def test_gather_for_metrics_cuts_the_last_batch_by_sequence():
     )
     found = Accelerator.gather_for_metrics(accelerator, pack)
     assert found.tolist() == [[0, 1, 2, 3], [10, -100, -100, -100]]
+
+
+@pytest.mark.needs_patch("torch.distributed.utils:_apply_to_tensors")
+def test_mixed_precision_of_fsdp_casts_the_data():
+    from torch.distributed.utils import _apply_to_tensors
+
+    pack = two_packs()[2]
+    features = pack._replace(data=pack.data.float())
+    cast, again = _apply_to_tensors(lambda data: data.half(), [features, {"x": features.data}])
+    assert torch.equal(cast.data, again["x"])
+    assert cast.data.dtype == torch.float16
+
+
+@pytest.mark.needs_patch("accelerate.utils.operations:broadcast")
+def test_a_sorted_pack_is_sent_as_data_and_batch_sizes():
+    sent = []
+    state = mock.Mock(distributed_type=DistributedType.MULTI_CPU, debug=False)
+    pack = pack_sequence([torch.arange(4), torch.arange(3), torch.arange(3)])
+    with (
+        mock.patch.object(operations, "PartialState", return_value=state),
+        mock.patch("torch.distributed.broadcast", lambda tensor, src: sent.append(tensor.clone())),
+    ):
+        same = operations.broadcast({"x": pack})["x"]
+    assert [len(tensor) for tensor in sent] == [len(pack.data), len(pack.batch_sizes)]  # no missing index tensors
+    assert torch.equal(same.data, pack.data)
 
 
 # --- nn.DataParallel, torch.compile ---------------------------------------------------------------------

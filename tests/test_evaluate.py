@@ -114,6 +114,7 @@ def compare(directory, model, data, *, packed=packed_batch, padded=padded_batch,
 # --- shapes of outputs and labels -----------------------------------------------------------------------
 
 
+@pytest.mark.needs_patch("transformers.trainer_pt_utils:nested_detach")
 @pytest.mark.parametrize("model", [Tagger, PlainTagger, TupleTagger])
 def test_outputs_of_every_kind(tmp_path, model):
     metrics, calls, prediction = compare(tmp_path, model, rows())
@@ -261,6 +262,7 @@ def test_inputs_for_metrics(tmp_path, changes):
         assert (left[right < 1] == -100).all()
 
 
+@pytest.mark.needs_patch("accelerate.utils.operations:pad_across_processes")
 def test_preprocessed_logits_are_rectangles(tmp_path):
     shapes = []
 
@@ -292,6 +294,7 @@ class Stream(IterableDataset):
         return iter(self.data)
 
 
+@pytest.mark.needs_patch("transformers.trainer_pt_utils:find_batch_size")
 def test_number_of_samples_of_a_data_set_without_a_length(tmp_path):
     data = rows()
     trainer = new_trainer(

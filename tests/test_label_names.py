@@ -58,6 +58,9 @@ class RowTargets(Classifier):
         return super().forward(x, targets, attention_mask)
 
 
+@pytest.mark.needs_patch(
+    "transformers.trainer:Trainer.evaluation_loop", "transformers.trainer:Trainer.prediction_step"
+)
 @pytest.mark.parametrize("metrics", [False, True])
 @pytest.mark.parametrize(
     ("model", "target", "labels"),

@@ -634,6 +634,7 @@ def smoothed(logits, targets, epsilon):
     return ((1 - epsilon) * nll + epsilon * scores.mean(-1)).mean()
 
 
+@pytest.mark.needs_patch("transformers.trainer:Trainer.compute_loss")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fill", [-100, 2])
 def test_label_smoothing_smooths_the_next_token(tmp_path, layout, fill):

@@ -179,6 +179,7 @@ def test_batch_feature_moves_as_prepare_input_does():
         assert left == CPU
 
 
+@pytest.mark.needs_patch("transformers.feature_extraction_utils:BatchFeature.to")
 def test_batch_feature_casts_floating_data_alone():
     feature = BatchFeature({"x": some_pack(), "ids": some_pack(torch.int64)}).to(torch.float16)
     assert feature["x"].data.dtype == torch.float16
@@ -196,6 +197,7 @@ def test_batch_feature_is_whole_after_a_refused_argument():
 # --- BatchEncoding.to -----------------------------------------------------------------------------------
 
 
+@pytest.mark.needs_patch("transformers.tokenization_utils_base:BatchEncoding.to")
 def test_batch_encoding_keeps_and_moves_packs():
     encoding = BatchEncoding({"x": some_pack(), "y": torch.ones(2)})
     moved = encoding.to(META)

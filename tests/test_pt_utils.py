@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers.trainer_pt_utils as pt_utils
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from transformers import EvalPrediction
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_packfix.packed import pad
+from tests.oracle import packed_batch, padded_batch, rows, stock
 
 PIECES = [torch.tensor([1, 0]), torch.tensor([2, 2, 1]), torch.tensor([0])]
 
@@ -87,3 +89,35 @@ def test_named_tuples_are_cut_and_turned_into_arrays_field_by_field():
     gradients = pt_utils.nested_detach(Pair(pack._replace(data=torch.ones(6, requires_grad=True)), ()))
     assert type(gradients) is Pair
     assert not gradients.first.data.requires_grad
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        pytest.param(
+            lambda labels: pt_utils.nested_concat(labels, labels, padding_index=-100),
+            id="concatenated",
+            marks=pytest.mark.needs_patch("transformers.trainer_pt_utils:nested_concat"),
+        ),
+        pytest.param(
+            lambda labels: pt_utils.nested_numpify(labels),
+            id="as arrays",
+            marks=pytest.mark.needs_patch("transformers.trainer_pt_utils:nested_numpify"),
+        ),
+        pytest.param(
+            lambda labels: pt_utils.nested_numpify(pt_utils.nested_truncate(labels, 2)),
+            id="cut",
+            marks=pytest.mark.needs_patch("transformers.trainer_pt_utils:nested_truncate"),
+        ),
+        pytest.param(
+            lambda labels: EvalPrediction(labels, labels).label_ids,
+            id="for metrics",
+            marks=pytest.mark.needs_patch("transformers.trainer_utils:EvalPrediction.__init__"),
+        ),
+    ],
+)
+def test_packed_labels_become_what_padded_ones_do(convert):
+    with stock():
+        expected = convert(padded_batch(rows(4))["labels"])
+    found = convert(packed_batch(rows(4))["labels"])
+    assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))

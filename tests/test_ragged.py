@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -67,6 +68,20 @@ def concatenations(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(pt_utils, "torch_pad_and_concatenate", concatenate)
     return calls
+
+
+@pytest.mark.needs_patch("transformers.trainer_pt_utils:EvalLoopContainer.add")
+def test_nothing_is_padded_before_the_arrays_are_asked_for():
+    trees = list(map(rectangles, batches()))
+    container = EvalLoopContainer()
+    # On a GPU this frees memory; here, it is asked for at all.
+    with mock.patch.object(ragged.Pieces, "to_cpu", autospec=True) as to_cpu:
+        for tree in trees:
+            container.add(tree)
+            container.to_cpu_and_numpy()
+            assert container.tensors is container.arrays is None
+    assert to_cpu.call_count == len(trees)
+    assert container.get_arrays()[0].shape == (11, 7, 2)
 
 
 @pytest.mark.parametrize("to_cpu_after", [(), (0,), (1, 3), (4,), (0, 1, 2, 3, 4)])

@@ -68,6 +68,7 @@ def test_training_and_loss_evaluation(tmp_path):
     compare(tmp_path, Tagger, rows())
 
 
+@pytest.mark.needs_patch("transformers.trainer_seq2seq:Seq2SeqTrainer.prediction_step")
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_generation_reports_what_the_padded_run_reports(tmp_path, smoothing):
     data = rows()

@@ -28,9 +28,11 @@ from tests.oracle import (
     transformers_from,
 )
 
+COUNTS_ITEMS = pytest.mark.needs_patch("transformers.trainer:Trainer._get_num_items_in_batch")
 MODELS = [(Classifier, "row"), (PlainClassifier, "row"), (Tagger, "tokens"), (PlainTagger, "tokens")]
 
 
+@pytest.mark.needs_patch("transformers.trainer:Trainer._prepare_input")
 @pytest.mark.parametrize(("model", "labels"), MODELS)
 def test_every_step_equals_the_padded_run(tmp_path, model, labels):
     data = rows(labels=labels)
@@ -115,7 +117,7 @@ def sum_of_losses(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> 
     return torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / items
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("steps", [1, *(pytest.param(steps, marks=COUNTS_ITEMS) for steps in (2, 3))])
 @pytest.mark.parametrize("model", [Tagger, PlainTagger])
 def test_gradient_accumulation_with_a_loss_function(tmp_path, model, steps):
     options = {"options": {"compute_loss_func": sum_of_losses}, "gradient_accumulation_steps": steps}
@@ -184,6 +186,7 @@ def test_the_batches_of_the_iterator_come_back(tmp_path):
 # --- counting -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.needs_patch("transformers.trainer:Trainer.floating_point_ops")
 def test_floating_point_operations_count_the_real_tokens(tmp_path):
     data = rows()
     run = train(tmp_path, Tagger, data, packed_batch)
@@ -204,6 +207,9 @@ class WatchingTagger(Tagger):
 
 
 # 4.46 has one mode, which any true value selects.
+@pytest.mark.needs_patch(
+    "transformers.trainer:Trainer._track_num_input_tokens", "transformers.trainer:Trainer.get_batch_samples"
+)
 @pytest.mark.parametrize("mode", [True, "all", "non_padding"])
 @pytest.mark.parametrize("with_mask", [False, True])
 @pytest.mark.parametrize("with_tokenizer", [False, True])
@@ -254,6 +260,7 @@ def test_tokens_are_counted_in_accumulated_steps_and_items_as_well(tmp_path):
 # --- label smoothing ------------------------------------------------------------------------------------
 
 
+@pytest.mark.needs_patch("transformers.trainer_pt_utils:LabelSmoother.__call__")
 @pytest.mark.parametrize("steps", [1, 3])
 def test_label_smoothing(tmp_path, steps):
     options = {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": steps}
