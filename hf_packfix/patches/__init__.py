@@ -4,7 +4,7 @@ To add one: a decorator of ``declare.py`` above a function that bears the name o
 fails without it.
 """
 
-# ruff: noqa: F401, I001 (imported so that they declare their patches, in the order in which `status()` lists them)
+# ruff: noqa: I001 (imported in the order in which `status()` lists their patches)
 
 from __future__ import annotations
 
@@ -21,10 +21,26 @@ from hf_packfix.patches import (
     torch_nn_modules_rnn,
     first_use,
 )
-from hf_packfix.patches.declare import declared
+from hf_packfix.patches.declare import check_declarations, declared
 from hf_packfix.patches.patch import Patch, PatchStatus, State, apply, revert
 
 __all__ = ["FAST_RNN", "FIRST_USE", "PATCHES", "Patch", "PatchStatus", "State", "apply", "revert"]
+
+check_declarations(
+    (
+        transformers_trainer,
+        transformers_trainer_evaluation,
+        transformers_trainer_pt_utils,
+        transformers_trainer_utils,
+        transformers_trainer_seq2seq,
+        transformers_batch_types,
+        accelerate_utils_operations,
+        accelerate_accelerator,
+        torch_distributed_utils,
+        torch_nn_modules_rnn,
+        first_use,
+    )
+)
 
 #: Every patch that is on by default, in the order in which they are applied.
 PATCHES: tuple[Patch, ...] = declared("default")

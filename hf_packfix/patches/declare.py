@@ -18,8 +18,9 @@ decorators return the function as it is and take the same keywords, those of :cl
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from hf_packfix.patches.lazily import nested, packed
@@ -28,7 +29,7 @@ from hf_packfix.patches.patch import Function, Group, Patch
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["around", "declared", "hand_made", "on_every_packed", "on_leaf"]
+__all__ = ["around", "check_declarations", "declared", "hand_made", "on_every_packed", "on_leaf"]
 
 F = TypeVar("F", bound=Function)
 
@@ -50,11 +51,23 @@ class Declaration(_Required, total=False):
 
 
 _declared: dict[str, Patch] = {}
+_files: set[str] = set()
 
 
 def declared(group: Group) -> tuple[Patch, ...]:
     """Return the patches of a group, in the order in which they were declared."""
     return tuple(patch for patch in _declared.values() if patch.group == group)
+
+
+def check_declarations(files: Iterable[ModuleType]) -> None:
+    """Raise if a file that was imported for its patches declared none, as an empty one of a damaged installation.
+
+    Raises:
+        ImportError: naming the file.
+    """
+    for file in files:
+        if file.__name__ not in _files:
+            raise ImportError(f"{file.__name__} declares no patch: install hf_packfix again")
 
 
 def around(target: str, **declaration: Unpack[Declaration]) -> Callable[[F], F]:
@@ -104,7 +117,7 @@ def hand_made(target: str, **declaration: Unpack[Declaration]) -> Callable[[F], 
     """
 
     def declare(make: F) -> F:
-        _register(Patch(target, make, knows=declaration["parameters"], **declaration))
+        _register(Patch(target, make, knows=declaration["parameters"], **declaration), make)
         return make
 
     return declare
@@ -115,12 +128,13 @@ def _declare(target: str, make: Callable[[Function, Patch], Function], function:
     open_ended = any(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in arguments)
     # The first one may have a name of its own, such as `leaf`.
     names = (declaration["parameters"][0], *(parameter.name for parameter in arguments[1:]))
-    _register(Patch(target, make, knows=None if open_ended else names, **declaration))
+    _register(Patch(target, make, knows=None if open_ended else names, **declaration), function)
     return function
 
 
-def _register(patch: Patch) -> None:
+def _register(patch: Patch, function: Function) -> None:
     _declared[patch.target] = patch
+    _files.add(function.__module__)
 
 
 def _around(function: Function, original: Function, patch: Patch) -> Function:
