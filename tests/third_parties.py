@@ -5,7 +5,8 @@
 Installs the packages once into a folder, as ``tests/matrix.py`` does, and the wheel of this project beside them. What
 is trained stands in ``tests/third_party_trainers.py``, which does not turn hf_packfix on: the variable ``HF_PACKFIX``
 does. ``tests/third_party_hooks.py`` trains beside import hooks, of packages that each have a folder of their own, so
-that no program has a hook that it does not ask for. Exits with 1 if something is not as expected.
+that no program has a hook that it does not ask for. ``tests/third_party_deepspeed.py`` trains with DeepSpeed, in two
+processes on the CPU. Exits with 1 if something is not as expected.
 """
 
 from __future__ import annotations
@@ -56,6 +57,12 @@ HOOKED = [
     ("jaxtyping", "last"),
     ("comet_ml", "last"),
 ]
+
+#: DeepSpeed, which asks for torch, and what else it asks for.
+DEEPSPEED = "0.19.8"
+DEEPSPEED_NEEDS = ["einops", "hjson", "msgpack", "ninja", "py-cpuinfo", "pydantic"]
+#: How far packed and padded numbers may differ: by rounding; in bf16, in which a loss near 1.4 has steps of 0.008.
+DEEPSPEED_TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
 
 #: What the doctor must find in each package: a Trainer, and its methods that are patched and call ``super()`` or not.
 TRAINERS = {
@@ -168,6 +175,31 @@ def check_hooks(fresh: Environment, cache: Path) -> list[tuple[str, str, bool]]:
     return rows
 
 
+def sharded(fresh: Environment, folder: str, layout: str, file: Path) -> dict[str, Any]:
+    """Return what DeepSpeed's runs logged in two processes, by stage and precision."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = str(ROOT / "tests/third_party_deepspeed.py")
+    env = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    variable = "1" if layout == "packed" else "0"
+    done = fresh.run(*launch, program, layout, str(file), variable=variable, env={**env, "PYTHONPATH": folder})
+    if done.returncode:
+        raise SystemExit(f"{program} {layout}, HF_PACKFIX={variable}:\n{done.stdout}\n{done.stderr}")
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return result
+
+
+def check_deepspeed(fresh: Environment, cache: Path, directory: Path) -> list[tuple[str, str, bool]]:
+    """Train with DeepSpeed on packed batches, and on padded ones with hf_packfix off."""
+    folder = str(matrix.fill(cache, "deepspeed", DEEPSPEED_NEEDS, [f"deepspeed=={DEEPSPEED}"]))
+    packed, padded = (sharded(fresh, folder, name, directory / f"{name}.json") for name in ("packed", "padded"))
+    rows = []
+    for name, expected in padded.items():
+        text = f"eval loss {packed[name][-1]['eval_loss']:.6f}, padded {expected[-1]['eval_loss']:.6f}"
+        good = agree(packed[name], expected, DEEPSPEED_TOLERANCES[name.split()[-1]])
+        rows.append((f"DeepSpeed {DEEPSPEED}, {name}", text, good))
+    return rows
+
+
 def main() -> int:
     """Run, print the table, and return 1 where something is not as expected."""
     parser = argparse.ArgumentParser(description="train Trainers of other packages on packed batches")
@@ -177,6 +209,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="hf_packfix_third_parties_") as directory:
         fresh = environment(cache, Path(directory))
         rows = [*check_doctor(fresh), *check_training(fresh), *check_hooks(fresh, cache)]
+        rows += check_deepspeed(fresh, cache, Path(directory))
     print(", ".join(f"{name} {version}" for name, version in {**NEWEST, **PACKAGES}.items()))
     for name, text, good in rows:
         print(f"{'as expected' if good else 'NOT SO':<13}{name:<38}{text}")
