@@ -3,12 +3,15 @@
 All scenarios share one launch, since starting the processes costs more than what they do.
 
     torchrun --nproc-per-node N -m tests.distributed_worker DIRECTORY
+
+With ``ACCELERATE_USE_CPU=true`` over gloo; otherwise over nccl, with a GPU for each process.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,6 +36,7 @@ from tests.layouts import LAYOUTS, arrange
 from tests.oracle import Row, rows
 
 LONGEST = 9
+ON_CPU = os.environ.get("ACCELERATE_USE_CPU") == "true"
 
 
 class Stream(IterableDataset):
@@ -157,6 +161,7 @@ def report(packed: bool, streaming: bool = False, **changes: Any) -> dict[str, A
             data,
             collate,
             options={"compute_metrics": metrics},
+            use_cpu=ON_CPU,
             **({"max_steps": 4} if streaming else {}) | COUNTS_TOKENS | changes,
         )
         if streaming:
@@ -204,7 +209,8 @@ def language_model(packed: bool, **changes: Any) -> dict[str, Any]:
     for layout, fill in [(layout, 0) for layout in LAYOUTS] if packed else [("right", -100)]:
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as directory:
-            run = oracle.train(Path(directory), RecurrentForCausalLM(config), data, in_layout(layout, fill), **changes)
+            model = RecurrentForCausalLM(config)
+            run = oracle.train(Path(directory), model, data, in_layout(layout, fill), use_cpu=ON_CPU, **changes)
             evaluated = run.trainer.evaluate()
         reports[layout] = {"losses": run.losses, "grad_norms": run.grad_norms, "eval_loss": evaluated["eval_loss"]}
     return reports
@@ -214,8 +220,9 @@ def language_model(packed: bool, **changes: Any) -> dict[str, Any]:
 
 
 def of_rank(rank: int) -> list[torch.Tensor]:
-    """Return two sequences, whose lengths differ between processes."""
-    return [torch.arange(2 + 3 * rank) + 10 * rank, torch.arange(1 + rank) + 100 * rank]
+    """Return two sequences, whose lengths differ between processes, on this process's device."""
+    sequences = [torch.arange(2 + 3 * rank) + 10 * rank, torch.arange(1 + rank) + 100 * rank]
+    return [sequence.to(PartialState().device) for sequence in sequences]
 
 
 def gathering(packed: bool) -> dict[str, Any]:
@@ -248,7 +255,8 @@ def broadcasting(packed: bool) -> Any:
         # Receivers have packs of the same sizes; what they hold is overwritten.
         structure = operations.get_data_structure(mine)
         mine = operations.initialize_tensors(structure)
-    tree = operations.broadcast({"a": mine[0], "b": [mine[1], torch.tensor([7 * (state.process_index == 0)])]})
+    flag = torch.tensor([7 * (state.process_index == 0)], device=state.device)
+    tree = operations.broadcast({"a": mine[0], "b": [mine[1], flag]})
     return [listed(packing.pad(tree["a"])), listed(packing.pad(tree["b"][0])), int(tree["b"][1])]
 
 
@@ -260,6 +268,7 @@ def sharded(packed: bool, dtype: torch.dtype | None = None) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    device = PartialState().device
     torch.manual_seed(0)
     model = nn.ModuleDict({"gru": nn.GRU(2, 8), "head": nn.Linear(8, 3)})
 
@@ -272,12 +281,12 @@ def sharded(packed: bool, dtype: torch.dtype | None = None) -> Any:
             states = self.parts["gru"](x)[0]
             return nn.functional.cross_entropy(self.parts["head"](states.data).float(), labels.data)
 
-    whole: Any = Whole()
+    whole: Any = Whole().to(device)
     if packed:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         fully_shard(whole, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
     optimizer = torch.optim.SGD(whole.parameters(), lr=0.5)
-    pieces = [torch.rand(n, 2, generator=torch.Generator().manual_seed(n)) for n in (2, 5, 3)]
+    pieces = [torch.rand(n, 2, generator=torch.Generator().manual_seed(n)).to(device) for n in (2, 5, 3)]
     x = pack_sequence(pieces, enforce_sorted=False)
     labels = pack_sequence([(piece[:, 0] * 3).long() for piece in pieces], enforce_sorted=False)
     losses = []
@@ -322,7 +331,7 @@ def main(directory: Path) -> None:
     stuck.answer()
     torch.set_num_threads(1)
     # accelerate before 0.30 prepares no data loader without one.
-    assert Accelerator(cpu=True).num_processes > 1
+    assert Accelerator(cpu=ON_CPU).num_processes > 1
     results: dict[str, Any] = {}
     for name, scenario in scenarios():
         hf_packfix.enable()

@@ -23,18 +23,22 @@ NAMES = (
     "layers",
     "comparison",
 )
+#: One more, which needs a GPU, and runs only if it is named.
+NAMED_ONLY = ("gpu",)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run benchmarks, print their tables and write them as JSON where asked."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="What the plugin costs.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which (default: all): {', '.join(NAMES)}")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"which (default: all but gpu): {', '.join(NAMES + NAMED_ONLY)}"
+    )
     parser.add_argument("--quick", action="store_true", help="smaller and fewer repeats: does it run at all?")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables to this file")
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.names if name not in NAMES]
+    unknown = [name for name in options.names if name not in NAMES + NAMED_ONLY]
     if unknown:
-        parser.error(f"no benchmark is named {unknown[0]!r}; there are {', '.join(NAMES)}")
+        parser.error(f"no benchmark is named {unknown[0]!r}; there are {', '.join(NAMES + NAMED_ONLY)}")
 
     import torch
 
