@@ -364,8 +364,9 @@ def _warn(message: str) -> None:
 
 
 def _log_warning(message: str) -> None:
+    """Log one line with our name: a program that sets up no logging shows the bare message on stderr."""
     if is_main_process():
-        logger.warning("%s", message)
+        logger.warning("hf_packfix: %s", " ".join(message.removeprefix("hf_packfix ").split()))
 
 
 def _announce() -> None:

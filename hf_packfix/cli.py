@@ -34,6 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from hf_packfix import doctor
 
         return doctor.run(options.modules, as_json=options.as_json)
+    if options.command == "docs":
+        from hf_packfix import pages
+
+        try:
+            return pages.run(options.page)
+        except pages.UnknownPageError as error:
+            parser.error(f"argument PAGE: {error}")
     if options.command == "demo":
         from hf_packfix import demo
 
@@ -120,8 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train a recurrent speaker classifier on real recordings",
-        description="Train a recurrent speaker classifier on JapaneseVowels (640 recordings, 9 speakers) with "
-        "packed batches and an unchanged Trainer; write the model and a picture.",
+        description="Train a recurrent speaker classifier on JapaneseVowels (640 recordings, 9 speakers) with an "
+        "unchanged Trainer, on packed and on padded batches; compare the two, and write the model and a picture.",
     )
     demo.add_argument("--seed", type=_at_least(0), default=0, help="of weights and shuffling (default: 0)")
     demo.add_argument("--epochs", type=_at_least(1), default=30, help="passes over the data (default: 30)")
@@ -129,6 +136,13 @@ def _parser() -> argparse.ArgumentParser:
         "--output-dir", type=Path, default=Path("demo_output"), help="for the results (default: demo_output)"
     )
     demo.add_argument("--no-plot", dest="plot", action="store_false", help="do not write demo.png")
+
+    docs = commands.add_parser(
+        "docs",
+        help="print a page of the documentation",
+        description="Print a page of the documentation as it is, in Markdown; without PAGE, list the pages.",
+    )
+    docs.add_argument("page", metavar="PAGE", nargs="?", help="its name, such as performance")
     return parser
 
 

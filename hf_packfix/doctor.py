@@ -17,7 +17,7 @@ from hf_packfix.activation import Status, difference, status
 from hf_packfix.notices import in_a_line
 from hf_packfix.patches import FAST_RNN, PATCHES
 from hf_packfix.selftest import selftest
-from hf_packfix.switch import ACCEPTED, VARIABLE, switch, value
+from hf_packfix.switch import ACCEPTED, FAST_RNN_VARIABLE, VARIABLE, fast_rnn, switch, value
 from hf_packfix.trainers import cuts_of_batches, handled_apart, load_lazy, overridden_methods, patched_methods
 
 __all__ = ["run"]
@@ -33,6 +33,8 @@ class Report:
         python: version and executable.
         platform: the operating system.
         variable: the value of ``HF_PACKFIX``; None where it is unset.
+        fast_rnn_variable: the value of ``HF_PACKFIX_FAST_RNN``; None where it is unset.
+        fast_rnn: whether ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` use ``hf_packfix.rnn`` on packed data on a CPU.
         startup_files: for each start-up file its path, and "intact", "changed" or "missing".
         status: where the plugin and each patch stand.
         trainers: for each Trainer subclass of the imported modules, the patched methods it overrides, and whether
@@ -47,6 +49,8 @@ class Report:
     python: str
     platform: str
     variable: str | None
+    fast_rnn_variable: str | None
+    fast_rnn: bool
     startup_files: dict[str, str]
     status: Status
     trainers: dict[str, dict[str, bool]]
@@ -81,6 +85,9 @@ def examine(modules: Sequence[str]) -> Report:
     if asks is None:
         accepted = ", ".join(word for words in ACCEPTED.values() for word in words)
         problems.append(f"{VARIABLE}={value()!r} is not one of: {accepted}")
+    if fast_rnn() is None:
+        accepted = ", ".join(ACCEPTED["on"] + ACCEPTED["off"])
+        problems.append(f"{FAST_RNN_VARIABLE}={value(FAST_RNN_VARIABLE)!r} is not one of: {accepted}")
 
     files = dict(_startup_files())
     broken = [f"{path} is {state}" for path, state in files.items() if state != "intact"]
@@ -133,6 +140,7 @@ def examine(modules: Sequence[str]) -> Report:
     now = status()
     if not now.enabled and asks not in ("off", None):  # None: said above
         problems.append(now.reason)
+    layers = {patch.target for patch in FAST_RNN}
     patches = {patch.target: patch for patch in (*PATCHES, *FAST_RNN)}
     for stands in now.patches:
         text = difference(patches[stands.target], stands)
@@ -143,6 +151,8 @@ def examine(modules: Sequence[str]) -> Report:
         python=f"{platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
         variable=value(),
+        fast_rnn_variable=value(FAST_RNN_VARIABLE),
+        fast_rnn=all(stands.state == "applied" for stands in now.patches if stands.target in layers),
         startup_files=files,
         status=now,
         trainers=trainers,
@@ -191,6 +201,10 @@ def _startup_files() -> Iterator[tuple[str, str]]:
         yield str(path), "intact" if intact else "changed"
 
 
+def _set(variable: str | None) -> str:
+    return "unset" if variable is None else repr(variable)
+
+
 def _text(report: Report) -> str:
     lines = ["healthy" if report.healthy else "not healthy"]
     lines += [f"problem: {text}" for text in report.problems]
@@ -198,7 +212,9 @@ def _text(report: Report) -> str:
     lines += [
         "",
         f"Python {report.python} on {report.platform}",
-        f"{VARIABLE} is {'unset' if report.variable is None else repr(report.variable)}",
+        f"{VARIABLE} is {_set(report.variable)}",
+        f"{FAST_RNN_VARIABLE} is {_set(report.fast_rnn_variable)}: nn.LSTM, nn.GRU and nn.RNN "
+        + ("use hf_packfix.rnn on packed data on a CPU" if report.fast_rnn else "are torch's own"),
         "",
         str(report.status),
         "",

@@ -54,7 +54,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert package <= found
-    assert "hf_packfix/py.typed" in found
+    assert {"hf_packfix/py.typed", "hf_packfix/docs/performance.md", "hf_packfix/docs/examples/tagging.py"} <= found
     rest = {name for name in found - package if ".dist-info/" not in name}
     assert rest == set()
     assert any(name.endswith("licenses/LICENSE") for name in found)

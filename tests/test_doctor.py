@@ -83,6 +83,37 @@ def test_a_value_of_the_variable_that_nobody_knows_is_one_problem(tmp_path):
     assert problem.startswith("HF_PACKFIX='maybe' is not one of: ")
 
 
+OWN = "nn.LSTM, nn.GRU and nn.RNN are torch's own"
+FAST = "nn.LSTM, nn.GRU and nn.RNN use hf_packfix.rnn on packed data on a CPU"
+BAD = "HF_PACKFIX_FAST_RNN='fast' is not one of: 1, true, yes, on, 0, false, no, off"
+
+
+@pytest.mark.parametrize(
+    ("value", "line", "problems"),
+    [
+        (None, f"HF_PACKFIX_FAST_RNN is unset: {OWN}", []),
+        ("off", f"HF_PACKFIX_FAST_RNN is 'off': {OWN}", []),
+        ("1", f"HF_PACKFIX_FAST_RNN is '1': {FAST}", []),
+        ("fast", f"HF_PACKFIX_FAST_RNN is 'fast': {OWN}", [BAD]),
+    ],
+)
+def test_the_variable_of_the_fast_layers(value, line, problems):
+    code = "from hf_packfix import doctor; doctor.run([], as_json=True); doctor.run([], as_json=False)"
+    env = environment()
+    env.pop("HF_PACKFIX_FAST_RNN", None)
+    if value is not None:
+        env["HF_PACKFIX_FAST_RNN"] = value
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=240, check=True
+    )
+    report, end = json.JSONDecoder().raw_decode(result.stdout)
+    text = result.stdout[end:].splitlines()
+    assert report["problems"] == problems
+    assert (report["fast_rnn_variable"], report["fast_rnn"]) == (value, line.endswith(FAST))
+    assert line in text
+    assert [said for said in text if said.startswith("problem: ")] == [f"problem: {problem}" for problem in problems]
+
+
 def test_modules_that_print_and_that_end(tmp_path):
     (tmp_path / "script.py").write_text("import sys\nprint('usage')\nsys.exit(2)\n")
     (tmp_path / "prints.py").write_text(

@@ -141,6 +141,7 @@ def test_below_the_floor_the_program_runs_and_one_line_says_why(installed):
         result = installed.run("-c", code, variable="1")
         assert (result.stdout, result.returncode) == ("Trainer True\n", 0)
         (line,) = [line for line in result.stderr.splitlines() if "packfix" in line]
+        assert line.startswith("hf_packfix: not activated: ")
         assert "needs transformers >= 4.46, but found transformers 4.30.2" in line
         forced = installed.run(
             "-c", "import transformers, hf_packfix; print(hf_packfix.is_enabled())", variable="force"
@@ -279,7 +280,7 @@ def test_doctor_of_a_healthy_installation(installed):
     text = installed.run("-m", "hf_packfix", "doctor", variable="1")
     assert text.returncode == 0
     assert text.stdout.splitlines()[0] == "healthy"
-    assert "HF_PACKFIX is '1'" in text.stdout
+    assert "HF_PACKFIX is '1'" in text.stdout.splitlines()
 
 
 def test_doctor_when_it_is_off(installed):

@@ -72,7 +72,7 @@ def check(environment, message, program=PROGRAM, expected=RAN, **options):
     lines = result.stderr.splitlines()
     assert len(lines) == (message is not None), result.stderr
     if message is not None:
-        assert "hf_packfix" in lines[0]
+        assert lines[0].startswith("hf_packfix: ")
         assert re.search(message, lines[0]), lines[0]
     return result
 
@@ -299,7 +299,7 @@ def test_transformers_without_a_trainer(environment, fault):
     assert len(lines) == len(told), found.stderr
     for line, words in zip(lines, told, strict=True):
         # A program that sets up no logging shows the bare message.
-        assert line.startswith("hf_packfix ")
+        assert line.startswith("hf_packfix: ")
         assert words in line
     assert explicit(environment) == ""  # whoever wants no more than a model can be told nothing yet
 

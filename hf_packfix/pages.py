@@ -1,0 +1,62 @@
+"""``hf-packfix docs``: the pages of ``hf_packfix/docs``, which are installed with the package."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from importlib import resources
+
+__all__ = ["UnknownPageError", "run"]
+
+
+class UnknownPageError(ValueError):
+    """A page that does not exist; the message names those that do."""
+
+
+def run(page: str | None) -> int:
+    """Print a page as it is, in Markdown, or the list of pages.
+
+    Args:
+        page: the name of a file, with or without ``.md``; None for the list.
+
+    Returns:
+        The exit status: 0.
+
+    Raises:
+        UnknownPageError: there is no such page.
+    """
+    pages = _pages()
+    if page is None:
+        width = max(map(len, pages))
+        titles = [f"  {name:<{width}}  {_title(text)}" for name, text in pages.items()]
+        _write("\n".join(["hf-packfix docs PAGE prints one of these pages:", "", *titles, ""]))
+        return 0
+    text = pages.get(page.removesuffix(".md"))
+    if text is None:
+        raise UnknownPageError(f"expected one of: {', '.join(pages)}; found {page!r}")
+    _write(text)
+    return 0
+
+
+def _pages() -> dict[str, str]:
+    """Return the text of every page by its name, in the order of the names."""
+    # Not by `__file__`: the package may be in a zip file.
+    files = {file.name: file for file in resources.files("hf_packfix").joinpath("docs").iterdir()}
+    return {name[:-3]: files[name].read_text(encoding="utf-8") for name in sorted(files) if name.endswith(".md")}
+
+
+def _title(text: str) -> str:
+    return text.partition("\n")[0].removeprefix("# ")
+
+
+def _write(text: str) -> None:
+    """Write to stdout, whatever its encoding, and even if its reader stops (``hf-packfix docs api | head``)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer goes nowhere; otherwise Python reports it when it flushes stdout at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
