@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -82,3 +83,9 @@ def test_wrong_values_are_named(tmp_path, arguments, message):
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_page_shows_what_is_printed():
+    page = (Path(__file__).parents[1] / "hf_packfix/docs/examples.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```text\n(accuracy on .*?)```", page, re.MULTILINE | re.DOTALL)
+    assert re.fullmatch("\n".join([*CLOSING, r"accuracy: (0\.\d+)", ""]), shown)

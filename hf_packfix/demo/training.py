@@ -146,8 +146,7 @@ def new_trainer(
         save_strategy="no",
         report_to=[],
         seed=seed,
-        use_cpu=True,  # where the times compare the layers
-        dataloader_pin_memory=False,  # is for GPUs
+        use_cpu=True,  # where the times compare the layers; also turns off pinned memory and its warning
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=train_rows, data_collator=way.collate)
     trainer.remove_callback(ProgressCallback)
