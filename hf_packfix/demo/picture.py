@@ -82,4 +82,4 @@ def _draw_batch(figure: Any, lengths: list[int]) -> None:
     right.set(xlabel="step")
     left.set_title(f"padded: {longest * len(lengths):,} steps", fontsize=11)
     right.set_title(f"packed, longest first: {sum(lengths):,} steps", fontsize=11)
-    figure.suptitle(f"In the first batch, {sum(padding):,} steps of padding are never computed", **TITLE)
+    figure.suptitle(f"In the first batch, packing leaves out {sum(padding):,} steps of padding", **TITLE)
