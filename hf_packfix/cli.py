@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="train a recurrent speaker classifier on real recordings",
+        help="train a recurrent speaker classifier on real recordings, packed and padded",
         description="Train a recurrent speaker classifier on JapaneseVowels (640 recordings, 9 speakers) with an "
         "unchanged Trainer, on packed and on padded batches; compare the two, and write the model and a picture.",
     )
