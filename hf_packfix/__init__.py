@@ -7,6 +7,7 @@ or after, trains on packed batches. It imports neither torch nor transformers it
 from typing import TYPE_CHECKING, Any
 
 from hf_packfix._version import __version__
+from hf_packfix._warnings import HFPackfixWarning
 from hf_packfix.activation import (
     Status,
     activate_on_import,
@@ -15,34 +16,49 @@ from hf_packfix.activation import (
     is_enabled,
     status,
 )
-from hf_packfix.notices import HFPackfixWarning
-from hf_packfix.versions import UnsupportedVersionError
+from hf_packfix.activation.versions import UnsupportedVersionError
 
 if TYPE_CHECKING:
     from hf_packfix.collator import DataCollatorForPackedSequence
-    from hf_packfix.packed import batch_size, num_tokens, pad
+    from hf_packfix.packing.jagged import concatenate, from_jagged, take, to_jagged
+    from hf_packfix.packing.packed import batch_size, lengths, num_tokens, pad
+    from hf_packfix.packing.windows import Window, windows
 
 __all__ = [
     "DataCollatorForPackedSequence",
     "HFPackfixWarning",
     "Status",
     "UnsupportedVersionError",
+    "Window",
     "__version__",
     "batch_size",
+    "concatenate",
     "disable",
     "enable",
+    "from_jagged",
     "is_enabled",
+    "lengths",
     "num_tokens",
     "pad",
     "status",
+    "take",
+    "to_jagged",
+    "windows",
 ]
 
 # Public names whose modules import torch, loaded on first use: importing this package stays light.
 _LAZY = {
     "DataCollatorForPackedSequence": "collator",
-    "batch_size": "packed",
-    "num_tokens": "packed",
-    "pad": "packed",
+    "Window": "packing.windows",
+    "batch_size": "packing.packed",
+    "concatenate": "packing.jagged",
+    "from_jagged": "packing.jagged",
+    "lengths": "packing.packed",
+    "num_tokens": "packing.packed",
+    "pad": "packing.packed",
+    "take": "packing.jagged",
+    "to_jagged": "packing.jagged",
+    "windows": "packing.windows",
 }
 
 

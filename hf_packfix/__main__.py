@@ -2,7 +2,7 @@
 
 import sys
 
-from hf_packfix.cli import main
+from hf_packfix.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,7 +20,7 @@ MODULES = {
     "hf_packfix.rnn": "Recurrent layers that train faster on a CPU; see [performance](performance.md).",
 }
 _WIDTH = 100
-_SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises):\n((?:(?: {4}.*)?\n)+)", re.MULTILINE)
+_SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example):\n((?:(?: {4}.*)?\n)+)", re.MULTILINE)
 _ENTRY = re.compile(r"^(\*{0,2}[\w., ]+): (.*(?:\n(?: {4}.*)?)*)", re.MULTILINE)
 
 
@@ -91,6 +91,9 @@ def _prose(thing: Any) -> str:
 
 def _section(found: re.Match[str]) -> str:
     title, body = found[1], textwrap.dedent(found[2])
+    if title == "Example":
+        words, _, code = body.partition(">>>")
+        return f"**Example**\n\n{words.strip()}\n\n```pycon\n>>>{code.rstrip()}\n```\n".replace("\n\n\n\n", "\n\n")
     entries = _ENTRY.findall(body) if title in ("Args", "Attributes", "Raises") else []
     listed = [f"- `{name}`: {' '.join(text.split())}" for name, text in entries]
     return f"**{title}**\n\n" + ("\n".join(listed) or " ".join(body.split())) + "\n\n"

@@ -15,7 +15,7 @@ import torch
 
 import hf_packfix
 
-pytest_plugins = ["tests.needed"]
+pytest_plugins = ["tests.support.needed"]
 
 torch.set_num_threads(1)
 

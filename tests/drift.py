@@ -60,7 +60,7 @@ def expected_state(patch: Patch, version: Version) -> str:
 
 def state_here(patch: Patch) -> str:
     """Return the state that a patch should have on the version installed here."""
-    from hf_packfix import versions
+    from hf_packfix.activation import versions
 
     return expected_state(patch, Version(versions.found(patch.module.split(".")[0]) or "0"))
 
@@ -150,7 +150,7 @@ def check_models(requirement: str, cache: Path) -> dict[str, str]:
 
 def every_minor_release(distribution: str) -> list[str]:
     """Return ``name==version`` of the last patch release of each supported minor release, oldest first."""
-    from hf_packfix.versions import MINIMUM
+    from hf_packfix.activation.versions import MINIMUM
 
     command = [sys.executable, "-m", "pip", "index", "versions", distribution, "--disable-pip-version-check"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

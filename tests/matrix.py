@@ -2,7 +2,7 @@
 
     python tests/matrix.py [VERSION ...] [--pre] [--part behaviour|conformance] [--cache DIR] [--jobs N]
 
-The pairs are those of ``hf_packfix/versions.py``; VERSION names one by its transformers. ``newest`` is what pip
+The pairs are those of ``activation/versions.py``; VERSION names one by its transformers. ``newest`` is what pip
 resolves today, with ``--pre`` pre-releases as well. Each pair gets a folder that pip fills once, and ``newest`` one
 that it fills every time; torch is this interpreter's own, linked. The oldest pair also gets the oldest wrapt,
 importlib-metadata and packaging that ``pyproject.toml`` allows. Exits with 1 if a test fails.
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ["HF_PACKFIX"] = "0"  # `versions` is all that is needed of the package here
 sys.path.insert(0, str(ROOT))
 
-from hf_packfix.versions import TESTED  # noqa: E402
+from hf_packfix.activation.versions import TESTED  # noqa: E402
 
 PARTS = {
     "behaviour": [
@@ -47,6 +47,7 @@ PARTS = {
         "each_patch_is_needed",
         "encoder_decoder",
         "evaluate",
+        "evaluation",
         "generation",
         "hand_over",
         "label_names",
@@ -60,7 +61,6 @@ PARTS = {
         "properties",
         "pt_utils",
         "public_functions",
-        "ragged",
         "reload",
         "seq2seq",
         "train",
@@ -192,7 +192,7 @@ def run(pair: dict[str, str], target: Path, part: str, cache: Path) -> Result:
     python = interpreter(cache)
     report = cache / f"{'-'.join(pair.values())}-{part}.xml"
     report.unlink(missing_ok=True)
-    files = sorted(str(file) for stem in PARTS[part] for file in (ROOT / "tests").glob(f"test_{stem}.py"))
+    files = sorted(str(file) for stem in PARTS[part] for file in (ROOT / "tests").rglob(f"test_{stem}.py"))
     command = [str(python), "-m", "pytest", "-q", "--tb=short", "-m", "not slow", f"--junitxml={report}"]
     command += ["-p", "no:cacheprovider"]
     start = time.monotonic()
@@ -225,7 +225,7 @@ def main() -> int:
     options = parser.parse_args()
     for version in options.versions:
         if version not in (*known, "newest"):
-            parser.error(f"{version} is not in hf_packfix/versions.py; expected one of {', '.join(known)}, newest")
+            parser.error(f"{version} is not in activation/versions.py; expected one of {', '.join(known)}, newest")
     if options.pre and "newest" not in options.versions:
         parser.error("--pre is for `newest`: python tests/matrix.py newest --pre")
     pairs = [pair for pair in TESTED if pair["transformers"] in (options.versions or known)]

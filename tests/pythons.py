@@ -47,13 +47,13 @@ PARTS = {
     # transformers. The tests set the variable themselves for the interpreters that they start.
     "startup": Part(
         ("pytest", "pytest-timeout"),
-        ("--noconftest", "tests/test_startup.py"),
+        ("--noconftest", "tests/startup/test_startup.py"),
         {"HF_PACKFIX": "0"},
     ),
     "conformance": Part(
         # Without the extra `test`: not all that it names has been released for the newest Python.
         (str(ROOT), "pytest", "pytest-timeout"),
-        ("-m", "conformance", "tests/test_conformance.py", "tests/test_drift.py"),
+        ("-m", "conformance", "tests/test_conformance.py", "tests/patches/test_drift.py"),
         {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     ),
 }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.oracle import Tagger, assert_same_run, packed_batch, padded_batch, rows, stock, train
-from tests.test_evaluate import compare
+from tests.support.oracle import Tagger, assert_same_run, packed_batch, padded_batch, rows, stock, train
+from tests.support.reports import compare
 
 pytestmark = pytest.mark.conformance
 

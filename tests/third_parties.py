@@ -3,10 +3,11 @@
     python tests/third_parties.py [--cache DIR]
 
 Installs the packages once into a folder, as ``tests/matrix.py`` does, and the wheel of this project beside them. What
-is trained stands in ``tests/third_party_trainers.py``, which does not turn hf_packfix on: the variable ``HF_PACKFIX``
-does. ``tests/third_party_hooks.py`` trains beside import hooks, of packages that each have a folder of their own, so
-that no program has a hook that it does not ask for. ``tests/third_party_deepspeed.py`` trains with DeepSpeed, in two
-processes on the CPU. Exits with 1 if something is not as expected.
+is trained stands in ``tests/support/third_party_trainers.py``, which does not turn hf_packfix on: the variable
+``HF_PACKFIX`` does. ``tests/support/third_party_hooks.py`` trains beside import hooks, of packages that each have a
+folder of their own, so that no program has a hook that it does not ask for.
+``tests/support/third_party_deepspeed.py`` trains with DeepSpeed, in two processes on the CPU. Exits with 1 if
+something is not as expected.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests import matrix  # noqa: E402
-from tests.installed import Environment  # noqa: E402
+from tests.support.installed import Environment  # noqa: E402
 
 NEWEST = matrix.TESTED[-1]
 PACKAGES = {"trl": "1.16.0", "sentence-transformers": "6.2.0"}
@@ -88,7 +89,7 @@ def environment(cache: Path, directory: Path) -> Environment:
 
 def outcomes(fresh: Environment, variable: str, layout: str, names: list[str]) -> dict[str, Any]:
     """Return what the programs logged, or raised, by name."""
-    program = str(ROOT / "tests/third_party_trainers.py")
+    program = str(ROOT / "tests/support/third_party_trainers.py")
     done = fresh.run(
         program, layout, *names, variable=variable, env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, timeout=600
     )
@@ -150,7 +151,7 @@ def check_training(fresh: Environment) -> list[tuple[str, str, bool]]:
 def hooked(fresh: Environment, variable: str, folder: str, *arguments: str) -> dict[str, Any]:
     """Return the outcome of training beside an import hook, or what was raised."""
     env = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
-    done = fresh.run(str(ROOT / "tests/third_party_hooks.py"), *arguments, variable=variable, env=env)
+    done = fresh.run(str(ROOT / "tests/support/third_party_hooks.py"), *arguments, variable=variable, env=env)
     if done.returncode:
         return {"logged": done.stderr.strip().splitlines()[-1], "finders": [], "patches": {}}
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -178,7 +179,7 @@ def check_hooks(fresh: Environment, cache: Path) -> list[tuple[str, str, bool]]:
 def sharded(fresh: Environment, folder: str, layout: str, file: Path) -> dict[str, Any]:
     """Return what DeepSpeed's runs logged in two processes, by stage and precision."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    program = str(ROOT / "tests/third_party_deepspeed.py")
+    program = str(ROOT / "tests/support/third_party_deepspeed.py")
     env = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     variable = "1" if layout == "packed" else "0"
     done = fresh.run(*launch, program, layout, str(file), variable=variable, env={**env, "PYTHONPATH": folder})

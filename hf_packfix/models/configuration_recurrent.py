@@ -38,6 +38,10 @@ class RecurrentConfig(PretrainedConfig):
 
     Raises:
         ValueError: a field is out of its range or contradicts another one.
+
+    Example:
+        >>> RecurrentConfig("lstm", vocab_size=1000, hidden_size=64, bidirectional=True).output_size
+        128
     """
 
     model_type = "recurrent"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_packfix.models.upstream import CACHE_NAME, GenerationMixin, rename_state
-from hf_packfix.packed import PackedSequence, pad_left, with_data
+from hf_packfix.packing.packed import PackedSequence, pad_left, with_data
 
 __all__ = ["RecurrentCache", "RecurrentGenerationMixin"]
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from hf_packfix.models.configuration_recurrent import RecurrentConfig
 from hf_packfix.models.generation import RecurrentCache, RecurrentGenerationMixin
 from hf_packfix.models.loss import next_labels, sequence_loss, step_labels, step_loss
-from hf_packfix.models.packing import Steps, map_steps, pack, real_steps, unpack
 from hf_packfix.models.upstream import (
     CACHE_NAME,
     CausalLMOutputWithPast,
@@ -33,7 +32,8 @@ from hf_packfix.models.upstream import (
     TokenClassifierOutput,
     given_state,
 )
-from hf_packfix.packed import PackedSequence, with_data
+from hf_packfix.packing.packed import PackedSequence, with_data
+from hf_packfix.packing.steps import Steps, map_steps, pack, real_steps, unpack
 from hf_packfix.rnn import GRU, LSTM, RNN
 
 __all__ = [
@@ -101,7 +101,15 @@ class RecurrentPreTrainedModel(PreTrainedModel):
 
 
 class RecurrentModel(RecurrentPreTrainedModel):
-    """The bare network: token embeddings, unless it reads features, and the stacked layers."""
+    """The bare network: token embeddings, unless it reads features, and the stacked layers.
+
+    Example:
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> model = RecurrentModel(RecurrentConfig("gru", input_size=3, hidden_size=8))
+        >>> x = pack_sequence([torch.randn(2, 3), torch.randn(5, 3)], enforce_sorted=False)
+        >>> model(input_values=x).last_hidden_state.data.shape  # the states at all real steps
+        torch.Size([7, 8])
+    """
 
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__(config)
@@ -207,7 +215,15 @@ class RecurrentModel(RecurrentPreTrainedModel):
 
 
 class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
-    """One prediction a sequence, from the state after the last real step."""
+    """One prediction for each sequence, from the state after the last real step.
+
+    Example:
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> config = RecurrentConfig("lstm", vocab_size=6, num_labels=3)
+        >>> ids = pack_sequence([torch.tensor([1, 2]), torch.tensor([3, 4, 5])], enforce_sorted=False)
+        >>> RecurrentForSequenceClassification(config)(ids, labels=torch.tensor([0, 2])).logits.shape
+        torch.Size([2, 3])
+    """
 
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__(config)
@@ -251,7 +267,15 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
 
 
 class RecurrentForTokenClassification(RecurrentPreTrainedModel):
-    """One prediction a step."""
+    """One prediction for each step.
+
+    Example:
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> config = RecurrentConfig("lstm", vocab_size=6, num_labels=3, bidirectional=True)
+        >>> ids = pack_sequence([torch.tensor([1, 2]), torch.tensor([3, 4, 5])], enforce_sorted=False)
+        >>> RecurrentForTokenClassification(config)(ids).logits.data.shape
+        torch.Size([5, 3])
+    """
 
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__(config)
@@ -308,7 +332,17 @@ class RecurrentForTokenClassification(RecurrentPreTrainedModel):
 
 
 class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
-    """A language model: at every step, the next token."""
+    """A language model: at every step, the next token.
+
+    Example:
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> model = RecurrentForCausalLM(RecurrentConfig("gru", vocab_size=6, pad_token_id=0, eos_token_id=0))
+        >>> ids = pack_sequence([torch.tensor([1, 2]), torch.tensor([3, 4, 5])], enforce_sorted=False)
+        >>> model(ids, labels=ids).logits.data.shape
+        torch.Size([5, 6])
+        >>> model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, min_new_tokens=3).shape
+        torch.Size([1, 5])
+    """
 
     # transformers 5 reads the pairs, transformers 4 the names alone.
     _tied_weights_keys = {"lm_head.weight": "recurrent.embeddings.weight"}  # noqa: RUF012

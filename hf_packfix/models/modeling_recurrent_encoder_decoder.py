@@ -20,14 +20,24 @@ from hf_packfix.models.configuration_recurrent_encoder_decoder import RecurrentE
 from hf_packfix.models.generation import RecurrentCache, RecurrentGenerationMixin
 from hf_packfix.models.loss import shift_right, step_labels, step_loss
 from hf_packfix.models.modeling_recurrent import RecurrentModel, RecurrentModelOutput
-from hf_packfix.models.packing import Steps, map_steps
 from hf_packfix.models.upstream import CACHE_NAME, PreTrainedModel, Seq2SeqLMOutput, given_state
+from hf_packfix.packing.steps import Steps, map_steps
 
 __all__ = ["RecurrentEncoderDecoder"]
 
 
 class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
-    """Sequence to sequence, for ``Seq2SeqTrainer`` and ``generate()``."""
+    """Sequence to sequence, for ``Seq2SeqTrainer`` and ``generate()``.
+
+    Example:
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> import torch
+        >>> tokens = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+        >>> config = RecurrentEncoderDecoderConfig(vocab_size=6, **tokens)
+        >>> ids = pack_sequence([torch.tensor([1, 2]), torch.tensor([3, 4, 5])], enforce_sorted=False)
+        >>> RecurrentEncoderDecoder(config)(ids, labels=ids).logits.data.shape
+        torch.Size([5, 6])
+    """
 
     config_class = RecurrentEncoderDecoderConfig
     config: RecurrentEncoderDecoderConfig

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence, pad_sequence
 from transformers import Trainer, TrainingArguments
 
+from hf_packfix._warnings import in_a_line
 from hf_packfix.models import (
     RecurrentConfig,
     RecurrentEncoderDecoder,
@@ -41,7 +42,6 @@ from hf_packfix.models.upstream import (
     deviations,
     premature,
 )
-from hf_packfix.notices import in_a_line
 
 __all__ = ["CELLS", "CHECKS", "selftest"]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_packfix.patches import probe
 from hf_packfix.patches.declare import around, on_every_packed
-from hf_packfix.patches.lazily import nested, packed, ragged, torch
+from hf_packfix.patches.lazily import evaluation, jagged, packed, torch, trees
 from hf_packfix.patches.patch import Function
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def find_batch_size(original: Function, data: Any) -> Any:
     try:
         return original(data)
     except ValueError:
-        nested.check_batch(data)
+        trees.check_batch(data)
         raise
 
 
@@ -77,19 +77,19 @@ def slice_tensors(original: Function, data: Any, tensor_slice: Any, *args: Any, 
         TypeError: ``tensor_slice`` is not a slice.
         ValueError: two keys of a mapping differ in their numbers of sequences.
     """
-    if not nested.contains(data):
+    if not trees.contains(data):
         return original(data, tensor_slice, *args, **kwargs)
     if not isinstance(tensor_slice, slice):
         raise TypeError(
             f"a PackedSequence can be cut by a slice of its sequences, found {type(tensor_slice).__name__}"
         )
     _check_numbers_of_sequences(data)
-    rest = original(nested.replace(lambda leaf: (), data), tensor_slice, *args, **kwargs)
-    return nested.graft(lambda leaf, _: packed.take(leaf, tensor_slice), data, rest)
+    rest = original(trees.map_packed(lambda leaf: (), data), tensor_slice, *args, **kwargs)
+    return trees.merge_packed(lambda leaf, _: jagged.take(leaf, tensor_slice), data, rest)
 
 
 def _check_numbers_of_sequences(batch: Any) -> None:
-    sizes = nested.sequences_of_keys(batch) if isinstance(batch, Mapping) else {}
+    sizes = trees.sequences_of_keys(batch) if isinstance(batch, Mapping) else {}
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{key!r} has {size}" for key, size in sizes.items())
         raise ValueError(
@@ -117,14 +117,14 @@ def concatenate(original: Function, data: Any, dim: int = 0) -> Any:
         try:
             return original(data, dim=dim)
         except ValueError:
-            nested.check_alike(data)
+            trees.check_alike(data)
             raise
     others = {type(item).__name__ for item in data if not isinstance(item, packed.PackedSequence)}
     if others:
         raise TypeError(f"can only concatenate a PackedSequence with its like, found {', '.join(sorted(others))}")
     if dim != 0:
         raise TypeError(f"a PackedSequence can be concatenated along the batch (dim 0) alone, found dim {dim}")
-    return packed.concatenate(data)
+    return jagged.concatenate(data)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def initialize_tensors(original: Function, data_structure: Any) -> Any:
     from accelerate.utils.operations import TensorInformation, recursively_apply
 
     tensors = original(data_structure)
-    if not nested.contains(data_structure, PackedInformation, {TensorInformation}):
+    if not trees.contains(data_structure, PackedInformation, {TensorInformation}):
         return tensors
     return recursively_apply(_new_packed, tensors, test_type=lambda item: isinstance(item, PackedInformation))
 
@@ -196,7 +196,7 @@ def broadcast(original: Function, tensor: Any, from_process: int = 0) -> Any:
     send nothing else, and ``batch_sizes`` come back to the CPU. As with tensors, the receivers must hold
     PackedSequences of the same sizes.
     """
-    if not nested.contains(tensor):
+    if not trees.contains(tensor):
         return original(tensor, from_process=from_process)
     indices: list[Tensor] = []
 
@@ -206,7 +206,7 @@ def broadcast(original: Function, tensor: Any, from_process: int = 0) -> Any:
             indices.append(leaf.sorted_indices.to(leaf.data.device))
         return leaf.data
 
-    sent = original(nested.replace(data_of, tensor), from_process=from_process)
+    sent = original(trees.map_packed(data_of, tensor), from_process=from_process)
     sizes = [index.numel() for index in indices]
     received = iter(original(torch.cat(indices), from_process=from_process).split(sizes))
 
@@ -214,7 +214,7 @@ def broadcast(original: Function, tensor: Any, from_process: int = 0) -> Any:
         batch_sizes = next(received).cpu()
         return type(leaf)(data, batch_sizes, None if leaf.sorted_indices is None else next(received))
 
-    return nested.graft(whole, tensor, sent)
+    return trees.merge_packed(whole, tensor, sent)
 
 
 @around(
@@ -231,20 +231,20 @@ def pad_across_processes(
     The evaluation loop calls this on labels, logits and inputs at the end of every step, whoever wrote the step: here
     PackedSequences become padded tensors. These remember their lengths, so the loop can keep them without padding.
     """
-    if not nested.contains(tensor):
+    if not trees.contains(tensor):
         return original(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
-    ragged.note_packed()
+    evaluation.note_packed()
 
     def pad(leaf: PackedSequence) -> Any:
         padded = packed.pad(leaf, pad_index, promote=True)
         # The steps differ between processes, whatever dimension the caller cares about.
         return padded if dim == 1 else original(padded, dim=1, pad_index=pad_index, pad_first=pad_first)
 
-    padded = original(nested.replace(pad, tensor), dim=dim, pad_index=pad_index, pad_first=pad_first)
+    padded = original(trees.map_packed(pad, tensor), dim=dim, pad_index=pad_index, pad_first=pad_first)
     as_in_the_loop = dim == 1 and pad_index == -100 and not pad_first
     if not as_in_the_loop:
         return padded
-    return nested.graft(lambda leaf, value: ragged.remember(value, packed.lengths(leaf)), tensor, padded)
+    return trees.merge_packed(lambda leaf, value: evaluation.with_lengths(value, packed.lengths(leaf)), tensor, padded)
 
 
 @around(
@@ -259,29 +259,29 @@ def gather(original: Function, tensor: Any) -> Any:
     If padded tensors remember their lengths, these are gathered as well, and the result remembers those of all. Bytes
     padded with -100, which are int16, are sent as int32: neither gloo nor nccl sends int16.
     """
-    if nested.contains(tensor):
+    if trees.contains(tensor):
         # Imported here, as everywhere, for the function that the module has now: it is patched, too.
         from accelerate.utils import operations
 
-        tensor = nested.replace(lambda leaf: operations.pad_across_processes(leaf, dim=1, pad_index=-100), tensor)
-    sent = nested.graft(lambda short, _: short.int(), tensor, tensor, _is_padded_int16)
+        tensor = trees.map_packed(lambda leaf: operations.pad_across_processes(leaf, dim=1, pad_index=-100), tensor)
+    sent = trees.merge_packed(lambda short, _: short.int(), tensor, tensor, _is_padded_int16)
     gathered = original(sent)
     if gathered is sent:  # a single process: the same objects
         return tensor
 
     def with_lengths(own: Tensor, all_of_them: Tensor) -> Tensor:
         all_of_them = all_of_them.to(own.dtype)
-        known = ragged.lengths_of(own)
+        known = evaluation.lengths_of(own)
         # Every process sends, whether or not its tensor was changed since: the others wait for it.
         lengths = torch.full((len(own),), -1, device="cpu") if known is None else known
         everyone = original(lengths.to(own.device)).cpu()
-        return all_of_them if bool((everyone < 0).any()) else ragged.remember(all_of_them, everyone)
+        return all_of_them if bool((everyone < 0).any()) else evaluation.with_lengths(all_of_them, everyone)
 
-    return nested.graft(with_lengths, tensor, gathered, ragged.is_remembered)
+    return trees.merge_packed(with_lengths, tensor, gathered, evaluation.has_lengths)
 
 
 def _is_padded_int16(leaf: Any) -> bool:
-    return ragged.is_remembered(leaf) and leaf.dtype == torch.int16
+    return evaluation.has_lengths(leaf) and leaf.dtype == torch.int16
 
 
 @on_every_packed(

@@ -23,7 +23,7 @@ from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
-from hf_packfix.patches.lazily import nested, packed
+from hf_packfix.patches.lazily import packed, trees
 from hf_packfix.patches.patch import Function, Group, Patch
 
 if TYPE_CHECKING:
@@ -157,8 +157,8 @@ def _on_leaf(function: Function, rebuilds_named_tuples: bool, original: Function
         kwargs.pop(name, None)
         if isinstance(leaf, packed.PackedSequence):
             return function(original, leaf, *others, **kwargs)
-        if rebuilds_named_tuples and nested.is_namedtuple(leaf):
-            return nested.rebuild(leaf, [wrapper(item, *others, **kwargs) for item in leaf])
+        if rebuilds_named_tuples and trees.is_namedtuple(leaf):
+            return trees.rebuild(leaf, [wrapper(item, *others, **kwargs) for item in leaf])
         return original(leaf, *others, **kwargs)
 
     return wrapper
@@ -169,7 +169,7 @@ def _on_every_packed(function: Function, original: Function, patch: Patch) -> Fu
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         tree = args[0] if args else kwargs.get(name)
-        if not (patch.active and nested.contains(tree)):
+        if not (patch.active and trees.contains(tree)):
             return original(*args, **kwargs)
         others = args[1:]
         kwargs.pop(name, None)
@@ -177,7 +177,7 @@ def _on_every_packed(function: Function, original: Function, patch: Patch) -> Fu
         def answer(leaf: Any, _: Any) -> Any:
             return function(original, leaf, *others, **kwargs)
 
-        rest = original(nested.replace(lambda leaf: (), tree), *others, **kwargs)
-        return nested.graft(answer, tree, rest)
+        rest = original(trees.map_packed(lambda leaf: (), tree), *others, **kwargs)
+        return trees.merge_packed(answer, tree, rest)
 
     return wrapper

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from hf_packfix.notices import warn_once
+from hf_packfix._warnings import warn_once
 
 __all__ = ["warn_of_uncovered_labels"]
 

@@ -10,7 +10,7 @@ import types
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["nested", "packed", "ragged", "rnn", "torch"]
+__all__ = ["evaluation", "jagged", "packed", "rnn", "torch", "trees"]
 
 
 class _LazyModule(types.ModuleType):
@@ -26,13 +26,15 @@ class _LazyModule(types.ModuleType):
 if TYPE_CHECKING:
     import torch as torch
 
-    from hf_packfix import nested as nested
-    from hf_packfix import packed as packed
-    from hf_packfix import ragged as ragged
     from hf_packfix import rnn as rnn
+    from hf_packfix.packing import evaluation as evaluation
+    from hf_packfix.packing import jagged as jagged
+    from hf_packfix.packing import packed as packed
+    from hf_packfix.packing import trees as trees
 else:
     torch = _LazyModule("torch")
-    nested = _LazyModule("hf_packfix.nested")
-    packed = _LazyModule("hf_packfix.packed")
-    ragged = _LazyModule("hf_packfix.ragged")
     rnn = _LazyModule("hf_packfix.rnn")
+    evaluation = _LazyModule("hf_packfix.packing.evaluation")
+    jagged = _LazyModule("hf_packfix.packing.jagged")
+    packed = _LazyModule("hf_packfix.packing.packed")
+    trees = _LazyModule("hf_packfix.packing.trees")

@@ -1,12 +1,19 @@
-"""The wrapper of ``Trainer._prepare_input``: moves PackedSequences, and rebuilds other named tuples."""
+"""The wrapper of ``Trainer._prepare_input``: moves PackedSequences, and rebuilds what holds them.
+
+These are other named tuples, and dataclasses, which upstream leaves on the CPU (transformers #29068).
+"""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any
 
-from hf_packfix.nested import LEAVES, is_namedtuple, rebuild
-from hf_packfix.packed import Countable, PackedSequence, with_data
+from hf_packfix.packing.packed import PackedSequence, with_data
+from hf_packfix.packing.trees import LEAVES, contains, is_namedtuple, rebuild
+from hf_packfix.patches.countable import CountablePackedSequence
 from hf_packfix.patches.patch import Function, Patch
 
 # The types that most batches consist of. None is a named tuple, and a lookup of the type is faster than `isinstance`.
@@ -22,7 +29,7 @@ _DATA_PARALLEL = (
 
 
 def wrap(original: Function, patch: Patch) -> Function:
-    """Return a ``_prepare_input`` that handles named tuples.
+    """Return a ``_prepare_input`` that handles named tuples, and dataclasses that hold a PackedSequence.
 
     Hand-made, since it is called for every leaf of every batch: every instruction shows, and so does every variable
     that it closes over, which Python copies at each call. Of ordinary values only the type is looked at.
@@ -36,9 +43,9 @@ def wrap(original: Function, patch: Patch) -> Function:
     upstream = getattr(original, "__globals__", None) is vars(sys.modules[patch.module])
 
     def _prepare_input(self: Any, data: Any) -> Any:
-        if type(data) in _ORDINARY or not isinstance(data, tuple):
+        if type(data) in _ORDINARY or not (isinstance(data, tuple) or hasattr(data, "__dataclass_fields__")):
             return original(self, data)
-        return prepare_tuple(self, data)
+        return prepare_tuple(self, data) if isinstance(data, tuple) else prepare_dataclass(self, data)
 
     def prepare_tuple(trainer: Any, data: tuple[Any, ...]) -> Any:
         if patch.active:
@@ -48,8 +55,19 @@ def wrap(original: Function, patch: Patch) -> Function:
                 return rebuild(data, [trainer._prepare_input(item) for item in data])
         return original(trainer, data)
 
+    def prepare_dataclass(trainer: Any, data: Any) -> Any:
+        # A `ModelOutput` is a mapping, which the original rebuilds. Others it returns as they are.
+        held = {} if isinstance(data, Mapping) else _fields_of(data)
+        if not (patch.active and contains(held)):
+            return original(trainer, data)
+        moved = copy.copy(data)
+        for name, value in held.items():
+            # Past the `__setattr__` of a frozen one.
+            object.__setattr__(moved, name, trainer._prepare_input(value))
+        return moved
+
     def prepare_packed(trainer: Any, data: PackedSequence) -> PackedSequence:
-        packed = data.plain() if isinstance(data, Countable) else data
+        packed = data.plain() if isinstance(data, CountablePackedSequence) else data
         arguments, prepare = trainer.args, trainer._prepare_input
         # The property `n_gpu` returns this, but takes longer than the rest for a tensor that need not move.
         if getattr(arguments, "_n_gpu", 1) > 1:
@@ -61,3 +79,10 @@ def wrap(original: Function, patch: Patch) -> Function:
         return with_data(packed, tensor if tensor.device == device else tensor.to(device))
 
     return _prepare_input
+
+
+def _fields_of(data: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that have a value."""
+    if isinstance(data, type):  # the class itself
+        return {}
+    return {field.name: getattr(data, field.name) for field in dataclasses.fields(data) if hasattr(data, field.name)}

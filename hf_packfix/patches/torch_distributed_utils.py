@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_packfix.patches import probe
 from hf_packfix.patches.declare import around
-from hf_packfix.patches.lazily import nested, packed, torch
+from hf_packfix.patches.lazily import packed, torch, trees
 from hf_packfix.patches.patch import Function
 
 __all__ = ["_apply_to_tensors"]
@@ -21,12 +21,12 @@ __all__ = ["_apply_to_tensors"]
 )
 def _apply_to_tensors(original: Function, fn: Any, container: Any) -> Any:
     """Keep the result as ``data``, unless it is no tensor: some functions only add a hook."""
-    if not nested.contains(container):
+    if not trees.contains(container):
         return original(fn, container)
 
     def apply(leaf: packed.PackedSequence, _: Any) -> packed.PackedSequence:
         data = fn(leaf.data)
         return packed.with_data(leaf, data) if isinstance(data, torch.Tensor) else leaf
 
-    rest = original(fn, nested.replace(lambda leaf: (), container))
-    return nested.graft(apply, container, rest)
+    rest = original(fn, trees.map_packed(lambda leaf: (), container))
+    return trees.merge_packed(apply, container, rest)

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_packfix.patches import probe
 from hf_packfix.patches.declare import around
-from hf_packfix.patches.lazily import nested, packed
+from hf_packfix.patches.lazily import packed, trees
 from hf_packfix.patches.patch import Function
 
 __all__ = ["to"]
@@ -42,7 +42,7 @@ def _encoding_moves(original: Function) -> bool:
 )
 def to(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Move and cast ``data`` as the original does a tensor; rebuild other named tuples from their moved fields."""
-    held = {key: value for key, value in self.data.items() if nested.contains_namedtuple(value)}
+    held = {key: value for key, value in self.data.items() if trees.contains_namedtuple(value)}
     if not held:
         return original(self, *args, **kwargs)
 
@@ -50,7 +50,7 @@ def to(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(value, packed.PackedSequence):
             return packed.with_data(value, move(value.data))
         if isinstance(value, (list, tuple)):
-            return nested.rebuild(value, [move(item) for item in value])
+            return trees.rebuild(value, [move(item) for item in value])
         alone = copy.copy(self)
         alone.data = {"value": value}
         # `BatchEncoding.to` of 4.46 drops what is no tensor.

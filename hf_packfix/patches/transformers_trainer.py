@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_packfix.patches import probe
 from hf_packfix.patches.declare import around, hand_made
-from hf_packfix.patches.lazily import nested, packed, torch
+from hf_packfix.patches.lazily import packed, torch, trees
 from hf_packfix.patches.patch import Function, Patch
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def get_batch_samples(original: Function, self: Any, epoch_iterator: Any, *args:
     """Let the original count the items of padded tensors, and the loop the tokens of packed ones with a ``numel()``.
 
     The batches that come back are those of the iterator. If the loop counts tokens, their main input is a
-    :class:`~hf_packfix.packed.Countable` until ``_prepare_input`` turns it back.
+    :class:`~hf_packfix.patches.countable.CountablePackedSequence` until ``_prepare_input`` turns it back.
     """
     if hasattr(self, "_get_num_items_in_batch"):
         batches, items = original(self, epoch_iterator, *args, **kwargs)
@@ -172,7 +172,10 @@ def _with_countable_input(trainer: Any, batch: Any) -> Any:
     if not isinstance(batch, Mapping) or not isinstance(batch.get(main), packed.PackedSequence):
         return batch
     inputs = {key: batch[key] for key in (main, "attention_mask") if isinstance(batch.get(key), packed.PackedSequence)}
-    counted = {key: packed.Countable._make(value) for key, value in inputs.items()}
+    # Imports torch, which this file must not when it is loaded.
+    from hf_packfix.patches.countable import CountablePackedSequence
+
+    counted = {key: CountablePackedSequence._make(value) for key, value in inputs.items()}
     return type(batch)({**batch, **counted})  # type: ignore[call-arg]
 
 
@@ -229,7 +232,7 @@ def _with_countable_labels(trainer: Any, batch: Any) -> Any:
     Every training batch comes through here, as the data loader returned it: an inconsistent PackedSequence, on which
     torch's recurrent layers may compute something, is found here.
     """
-    has_packed = nested.check_batch(batch)
+    has_packed = trees.check_batch(batch)
     labels_in_loss = _labels_in_loss(trainer)
     if labels_in_loss is not None and isinstance(batch, Mapping) and batch.get("labels") is not None:
         labels = labels_in_loss(batch)

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from hf_packfix.notices import warn_once
+from hf_packfix._warnings import warn_once
 from hf_packfix.patches.declare import around
 from hf_packfix.patches.label_names import warn_of_uncovered_labels
-from hf_packfix.patches.lazily import nested, packed, ragged, torch
+from hf_packfix.patches.lazily import evaluation, packed, torch, trees
 from hf_packfix.patches.patch import Function
 
 __all__ = ["evaluation_loop", "prediction_step"]
@@ -35,7 +35,7 @@ def evaluation_loop(
     """Note that a loop begins, and whether it evaluates."""
     token = _evaluating.set(description == "Evaluation")
     try:
-        with ragged.evaluation_loop():
+        with evaluation.evaluation_loop():
             return original(self, dataloader, description, *args, **kwargs)
     finally:
         _evaluating.reset(token)
@@ -54,14 +54,14 @@ def prediction_step(original: Function, self: Any, model: Any, inputs: Any, *arg
     Raises:
         ValueError: the fields of a PackedSequence contradict each other.
     """
-    if not nested.check_batch(inputs):
+    if not trees.check_batch(inputs):
         return original(self, model, inputs, *args, **kwargs)
     if _evaluating.get():
         warn_of_uncovered_labels(self, inputs)
         _warn_of_several_batch_sizes(inputs)
     with _bare_outputs_in_a_tuple(self):
         result = original(self, model, inputs, *args, **kwargs)
-    ragged.note_steps(_steps_by_name(inputs, result))
+    evaluation.note_steps(_steps_by_name(inputs, result))
     _warn_of_dropped_indices(inputs, result)
     return result
 
@@ -93,7 +93,7 @@ def _bare_outputs_in_a_tuple(trainer: Any) -> Iterator[None]:
 
 def _warn_of_several_batch_sizes(inputs: Mapping[str, Any]) -> None:
     """Warn if the sequences of one key are not the rows of the batch: the first key counts, as upstream has it."""
-    sizes = nested.sequences_of_keys(inputs)
+    sizes = trees.sequences_of_keys(inputs)
     first = next(iter(inputs))
     if len(set(sizes.values())) > 1 and isinstance(inputs[first], packed.PackedSequence):
         others = ", ".join(f"{key!r} has {size}" for key, size in sizes.items() if size != sizes[first])
@@ -119,7 +119,7 @@ def _steps_by_name(inputs: Mapping[str, Any], result: Any) -> dict[str, list[int
 def _warn_of_dropped_indices(inputs: Mapping[str, Any], result: Any) -> None:
     """Warn if the model returned the packing of an input without its index tensors: its rows would be out of order."""
     packed_inputs = {key: value for key, value in inputs.items() if isinstance(value, packed.PackedSequence)}
-    for output in nested.packed_in(result[1] if isinstance(result, tuple) and len(result) > 1 else None):
+    for output in trees.packed_in(result[1] if isinstance(result, tuple) and len(result) > 1 else None):
         for key, value in packed_inputs.items():
             if (
                 (value.sorted_indices is None) != (output.sorted_indices is None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hf_packfix.patches import probe
 from hf_packfix.patches.declare import around, on_leaf
-from hf_packfix.patches.lazily import nested, packed, ragged, torch
+from hf_packfix.patches.lazily import evaluation, jagged, packed, torch, trees
 from hf_packfix.patches.patch import Function
 
 if TYPE_CHECKING:
@@ -121,9 +121,9 @@ def nested_concat(original: Function, tensors: Any, new_tensors: Any, padding_in
                 f"{list(new_tensors.shape[2:])}, those before it {list(tensors.shape[2:])}"
             )
     # Upstream rebuilds a tuple from a generator, which no named tuple takes.
-    if isinstance(tensors, tuple) and nested.is_namedtuple(tensors) and type(tensors) is type(new_tensors):
+    if isinstance(tensors, tuple) and trees.is_namedtuple(tensors) and type(tensors) is type(new_tensors):
         pairs = zip(tensors, new_tensors, strict=True)
-        return nested.rebuild(tensors, [nested_concat(original, *pair, padding_index) for pair in pairs])
+        return trees.rebuild(tensors, [nested_concat(original, *pair, padding_index) for pair in pairs])
     return original(tensors, new_tensors, padding_index=padding_index)
 
 
@@ -150,7 +150,7 @@ def nested_numpify(original: Function, leaf: PackedSequence) -> Any:
 )
 def nested_truncate(original: Function, leaf: PackedSequence, limit: Any) -> PackedSequence:
     """Keep the first ``limit`` sequences in original order."""
-    return packed.take(leaf, slice(limit))
+    return jagged.take(leaf, slice(limit))
 
 
 @around(
@@ -166,11 +166,11 @@ def find_batch_size(original: Function, tensors: Any) -> Any:
         return packed.batch_size(tensors)
     if isinstance(tensors, (tuple, list)):
         # `prediction_step` checks mappings; upstream's own takes nothing else.
-        nested.check_batch(tensors)
+        trees.check_batch(tensors)
     try:
         return original(tensors)
     except ValueError:
-        nested.check_batch(tensors)
+        trees.check_batch(tensors)
         raise
 
 
@@ -185,9 +185,9 @@ def add(original: Function, self: Any, tensors: Any) -> None:
     if tensors is None:  # `preprocess_logits_for_metrics` may drop the logits: the original keeps nothing
         original(self, tensors)
         return
-    if nested.contains(tensors):  # nothing has asked for a padded tensor so far
-        tensors = nested.replace(lambda leaf: packed.pad(leaf, self.padding_index, promote=True), tensors)
-    apart = ragged.any_remembered(tensors) or ragged.loop_is_packed()
+    if trees.contains(tensors):  # nothing has asked for a padded tensor so far
+        tensors = trees.map_packed(lambda leaf: packed.pad(leaf, self.padding_index, promote=True), tensors)
+    apart = evaluation.any_has_lengths(tensors) or evaluation.loop_is_packed()
     if self.arrays is not None or not (self.do_nested_concat and apart):
         original(self, tensors)
         return
@@ -207,18 +207,20 @@ def _keeping_batches_apart(container: Any) -> type:
 
     class KeepingBatchesApart(container):  # type: ignore[misc]
         def add(self, tensors: Any) -> None:
-            self._pieces().add(tensors)
+            self._buffer().add(tensors)
 
         def to_cpu_and_numpy(self) -> None:
-            self._pieces().to_cpu()
+            self._buffer().to_cpu()
 
         def get_arrays(self) -> Any:
-            self.tensors = self.__dict__.pop("_hf_packfix_pieces").merge()
+            self.tensors = self.__dict__.pop("_hf_packfix_buffer").merge()
             self.__class__ = container
             return self.get_arrays()
 
-        def _pieces(self) -> ragged.Pieces:
-            found: ragged.Pieces = self.__dict__.setdefault("_hf_packfix_pieces", ragged.Pieces(self.padding_index))
+        def _buffer(self) -> evaluation.EvaluationBuffer:
+            if "_hf_packfix_buffer" not in vars(self):
+                self._hf_packfix_buffer = evaluation.EvaluationBuffer(self.padding_index)
+            found: evaluation.EvaluationBuffer = self._hf_packfix_buffer
             return found
 
     return KeepingBatchesApart

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_packfix.patches.declare import around
-from hf_packfix.patches.lazily import nested, packed, torch
+from hf_packfix.patches.lazily import packed, torch, trees
 from hf_packfix.patches.patch import Function
 
 __all__ = ["prediction_step"]
@@ -32,7 +32,7 @@ def prediction_step(
     if prediction_loss_only or not self.args.predict_with_generate:
         return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
     with _smoothing_over_labels_in_loss(self, inputs):
-        if not nested.contains(inputs):
+        if not trees.contains(inputs):
             return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
 
         def model_on_packed(**_: Any) -> Any:

@@ -28,12 +28,39 @@ class _OnPacked(nn.RNNBase):
 
 
 class LSTM(_OnPacked, nn.LSTM):
-    """``nn.LSTM``, faster over packed sequences."""
+    """``nn.LSTM``, faster over packed sequences.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> x = pack_sequence([torch.randn(2, 3), torch.randn(5, 3)], enforce_sorted=False)
+        >>> output, (hidden, cell) = LSTM(3, 8)(x)
+        >>> output.data.shape, hidden.shape
+        (torch.Size([7, 8]), torch.Size([1, 2, 8]))
+    """
 
 
 class GRU(_OnPacked, nn.GRU):
-    """``nn.GRU``, faster over packed sequences."""
+    """``nn.GRU``, faster over packed sequences.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> x = pack_sequence([torch.randn(2, 3), torch.randn(5, 3)], enforce_sorted=False)
+        >>> output, hidden = GRU(3, 8)(x)
+        >>> output.data.shape, hidden.shape
+        (torch.Size([7, 8]), torch.Size([1, 2, 8]))
+    """
 
 
 class RNN(_OnPacked, nn.RNN):
-    """``nn.RNN``, faster over packed sequences."""
+    """``nn.RNN``, faster over packed sequences.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> x = pack_sequence([torch.randn(2, 3), torch.randn(5, 3)], enforce_sorted=False)
+        >>> output, hidden = RNN(3, 8)(x)
+        >>> output.data.shape, hidden.shape
+        (torch.Size([7, 8]), torch.Size([1, 2, 8]))
+    """

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_packfix.packed import group_and_place, lengths_by_rank
+from hf_packfix.packing.packed import group_and_place, lengths_by_rank
 
 __all__ = ["Chunk", "Schedule"]
 

@@ -35,6 +35,14 @@ def run(layer: nn.RNNBase, packed: Any, hx: Any = None) -> tuple[PackedSequence,
 
     Returns:
         The outputs, packed like the input, ``[N, O]``, and the final state ``[L, B, H]``, for an LSTM two of them.
+
+    Example:
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> x = pack_sequence([torch.randn(40, 3), torch.randn(25, 3)], enforce_sorted=False)
+        >>> gru = nn.GRU(3, 8)
+        >>> output, hidden = run(gru, x) or gru(x)
+        >>> output.data.shape, hidden.shape
+        (torch.Size([65, 8]), torch.Size([1, 2, 8]))
     """
     if not isinstance(packed, PackedSequence) or not torch.is_grad_enabled() or not is_eager():
         return None

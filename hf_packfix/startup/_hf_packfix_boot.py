@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "HF_PACKFIX"
 
-# As in `hf_packfix.switch`.
+# As in `hf_packfix.activation.environment`.
 ACCEPTED = {
     "on": ("1", "true", "yes", "on"),
     "force": ("force",),

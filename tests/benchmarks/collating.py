@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
 
 from hf_packfix import DataCollatorForPackedSequence
-from hf_packfix.packed import from_flat
+from hf_packfix.packing.jagged import from_jagged
 from tests.benchmarks import long_tailed
 from tests.benchmarks.measure import Row, Table, interleave, per_call, ratio
 
@@ -20,8 +20,8 @@ BATCH, FEATURES = 64, 16
 
 
 def ours(rows: list[Tensor]) -> PackedSequence:
-    """Pack rows without the rectangle that ``pack_sequence`` builds on the way."""
-    return from_flat(torch.cat(rows), torch.tensor([len(row) for row in rows]))
+    """Pack rows without the padded tensor that ``pack_sequence`` builds on the way."""
+    return from_jagged(torch.cat(rows), torch.tensor([len(row) for row in rows]))
 
 
 def theirs(rows: list[Tensor]) -> PackedSequence:

@@ -1,7 +1,7 @@
-"""What goes from one process to another when a batch is dispatched: packed, and as a padded rectangle.
+"""What goes from one process to another when a batch is dispatched: packed, and as a padded tensor.
 
 Bytes of the tensors that would be sent, computed: of a pack the real steps and one length a row, from which
-the receiver packs them again; of the rectangle its elements, without an attention mask.
+the receiver packs them again; of the padded tensor its elements, without an attention mask.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch.nn.utils.rnn import pack_sequence, pad_sequence
 
-from hf_packfix.packed import to_flat
+from hf_packfix.packing.jagged import to_jagged
 from tests.benchmarks import long_tailed
 from tests.benchmarks.measure import Table, summary
 
@@ -32,7 +32,7 @@ def run(quick: bool) -> Table:
         ratios = []
         for lengths in batches:
             sequences = [make(length) for length in lengths]
-            sent = to_flat(pack_sequence(sequences, enforce_sorted=False))
+            sent = to_jagged(pack_sequence(sequences, enforce_sorted=False))
             ratios.append(sum(tensor.nbytes for tensor in sent) / pad_sequence(sequences).nbytes)
-        rows.append(summary(f"{kind}: packed", "the padded rectangle", ratios))
+        rows.append(summary(f"{kind}: packed", "the padded tensor", ratios))
     return Table(f"Dispatch: bytes of a batch of {BATCH} rows of long-tailed lengths", rows)

@@ -47,7 +47,7 @@ class PackedModel(nn.Module):
 
 
 class PaddedModel(PackedModel):
-    """The same on a rectangle, with -100 behind the end of a row, as the Trainer fills rows."""
+    """The same on a padded tensor, with -100 behind the end of a row, as the Trainer fills rows."""
 
     def forward(self, input_ids: Tensor, labels: Any = None, attention_mask: Any = None) -> Batch:
         logits = self.logits(input_ids).masked_fill(attention_mask.eq(0).unsqueeze(-1), -100)
@@ -55,7 +55,7 @@ class PaddedModel(PackedModel):
 
 
 def padded(features: list[Batch]) -> Batch:
-    """Collate to right-padded rectangles."""
+    """Collate to right-padded tensors."""
     values: Batch = {key: [feature[key] for feature in features] for key in features[0]}
     return {
         "input_ids": pad_sequence(values["input_ids"], batch_first=True),

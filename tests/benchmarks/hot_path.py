@@ -100,12 +100,12 @@ def run(quick: bool) -> Table:
     number, repeats = (100, 40) if quick else (300, 400)
     flat = {name: torch.zeros(4, 4) for name in ("input_ids", "attention_mask", "token_type_ids", "labels")}
     lists = {f"group {i}": [torch.zeros(2) for _ in range(20)] for i in range(10)}
-    nested = {f"group {i}": [(torch.zeros(2), {"x": torch.zeros(2)}) for _ in range(10)] for i in range(10)}
+    trees = {f"group {i}": [(torch.zeros(2), {"x": torch.zeros(2)}) for _ in range(10)] for i in range(10)}
     rows = []
     for label, batch, times in (
         ("4 tensors", flat, number),
         ("200 tensors in 10 lists", lists, number // 50),
-        ("200 tensors in 210 dicts, tuples and lists", nested, number // 50),
+        ("200 tensors in 210 dicts, tuples and lists", trees, number // 50),
     ):
         samples = ordinary(batch, times, repeats)
         rows += [

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.oracle import Row, assert_same_run, new_trainer, packed_batch, padded_batch, stock, train
+from tests.support.oracle import Row, assert_same_run, new_trainer, packed_batch, padded_batch, stock, train
 
 __all__ = ["DEVICE", "ON_GPU", "compare_evaluation", "compare_training", "on_device"]
 

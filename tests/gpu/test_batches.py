@@ -14,7 +14,7 @@ from transformers import BatchFeature, Trainer
 
 from tests.gpu.device import DEVICE, ON_GPU, on_device
 from tests.gpu.test_training import Stream
-from tests.oracle import Tagger, by_length, new_trainer, packed_batch, padded_batch, rows, sorted_packed_batch
+from tests.support.oracle import Tagger, by_length, new_trainer, packed_batch, padded_batch, rows, sorted_packed_batch
 
 pytestmark = pytest.mark.gpu
 

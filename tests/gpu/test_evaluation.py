@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.gpu.device import ON_GPU, compare_evaluation
-from tests.oracle import Classifier, PlainTagger, Tagger, rows
+from tests.support.oracle import Classifier, PlainTagger, Tagger, rows
 
 pytestmark = pytest.mark.gpu
 

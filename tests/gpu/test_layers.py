@@ -22,13 +22,14 @@ from hf_packfix.models import (
     RecurrentForTokenClassification,
 )
 from tests.gpu.device import DEVICE, ON_GPU
-from tests.layouts import LAYOUTS, arrange, sequences_of
+from tests.support.layouts import LAYOUTS, arrange, sequences_of
 
 pytestmark = pytest.mark.gpu
 
 LENGTHS = (12, 30, 7, 30, 1)
 #: Of float32 results that two kernels, or two devices, sum in another order.
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+# cuDNN adds in another order from run to run.
+CLOSE = {"rtol": 1e-4, "atol": 5e-5}
 SHAPES: list[dict[str, Any]] = [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}]
 CELLS = ["LSTM", "GRU", "RNN"]
 

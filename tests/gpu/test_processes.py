@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests import stuck
-from tests.distributed_worker import scenarios
 from tests.gpu.device import on_device
-from tests.installed import ROOT
-from tests.layouts import LAYOUTS
-from tests.oracle import Tagger, new_trainer, packed_batch, rows
+from tests.support import stuck
+from tests.support.distributed_worker import scenarios
+from tests.support.installed import ROOT
+from tests.support.layouts import LAYOUTS
+from tests.support.oracle import Tagger, new_trainer, packed_batch, rows
 
 pytestmark = pytest.mark.gpu
 
@@ -31,7 +31,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     directory = tmp_path_factory.mktemp("results")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     env = {key: value for key, value in os.environ.items() if key not in ("HF_PACKFIX", "ACCELERATE_USE_CPU")}
-    arguments = ["-m", "tests.distributed_worker", str(directory)]
+    arguments = ["-m", "tests.support.distributed_worker", str(directory)]
     done = stuck.run([*command, *arguments], seconds=200, env={**env, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-5000:]
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]

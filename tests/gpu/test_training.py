@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 
 from hf_packfix.models import RecurrentConfig, RecurrentForTokenClassification
 from tests.gpu.device import ON_GPU, compare_training
-from tests.oracle import (
+from tests.support.oracle import (
     CLASSES,
     VOCABULARY,
     Classifier,

@@ -1,0 +1,1 @@
+"""``hf-packfix``: run, doctor, docs and demo."""

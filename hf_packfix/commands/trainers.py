@@ -1,0 +1,171 @@
+"""What Trainer subclasses and losses do to a batch beside the methods that are patched.
+
+For ``hf-packfix doctor --import``.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterator
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from hf_packfix._warnings import in_a_line
+from hf_packfix.activation import status
+from hf_packfix.patches import PATCHES
+
+__all__ = ["cuts_of_batches", "handled_apart", "load_lazy", "overridden_methods", "patched_methods"]
+
+#: Whose methods are patched.
+_TRAINERS = ("Trainer", "Seq2SeqTrainer")
+
+#: Methods that are not patched, through which a batch goes.
+_OF_BATCHES = ("_prepare_inputs", "training_step", "compute_loss", "get_batch_samples")
+
+
+def load_lazy(module: ModuleType) -> Iterator[str]:
+    """Load the Trainers that a module lists and loads when they are asked for, as trl does; yield what fails."""
+    for name in dir(module):
+        if name.endswith("Trainer") and name not in vars(module):
+            try:
+                getattr(module, name)
+            except Exception as error:
+                yield f"{module.__name__}.{name} cannot be loaded: {in_a_line(error)}"
+
+
+def patched_methods() -> dict[str, str]:
+    """Return the methods of the Trainers that are patched on this version, each with its fix."""
+    idle = {p.target for p in status().patches if p.state in ("not-needed", "not-applicable")}
+    patches = [p for p in PATCHES if p.path.split(".")[0] in _TRAINERS and p.target not in idle]
+    return {p.path.split(".")[1]: p.fix for p in reversed(patches)}
+
+
+def overridden_methods(package: str) -> dict[str, dict[str, bool]]:
+    """Return the Trainer subclasses of a module and its submodules, with the patched methods they override."""
+    patched = patched_methods()
+    return {
+        f"{cls.__module__}.{cls.__qualname__}": {
+            name: _calls_super(cls, name) for name in sorted(patched.keys() & vars(cls).keys())
+        }
+        for cls in _subclasses(package)
+    }
+
+
+def handled_apart(package: str) -> Iterator[str]:
+    """Yield what a module and its submodules do to tensors of a batch by themselves, and not to a PackedSequence.
+
+    These are methods of Trainer subclasses that look for tensors, and copies of functions that are patched upstream.
+    """
+    for cls in _subclasses(package):
+        for method in _OF_BATCHES:
+            names = _names(vars(cls).get(method))
+            looks = sorted(names & {"is_tensor", "Tensor"})
+            if looks and "PackedSequence" not in names:
+                yield (
+                    f"{cls.__module__}.{cls.__qualname__}.{method} looks for tensors itself ({', '.join(looks)}): "
+                    f"what it does to them, such as a cast, it does not do to a PackedSequence, whose tensor is its "
+                    f"`data`"
+                )
+    functions = {patch.path: patch.target for patch in PATCHES if "." not in patch.path}
+    for name, module in sorted(sys.modules.items()):
+        if _is_within(name, package):
+            for path, target in functions.items():
+                found = vars(module).get(path)
+                if isinstance(found, FunctionType) and found.__module__ == name:
+                    yield f"{name}.{path} is a copy of {target}, and is not patched: import it from there instead"
+
+
+def cuts_of_batches(package: str) -> Iterator[str]:
+    """Yield the functions of a module and its submodules that cut the tensors of a batch and nothing else of it.
+
+    These are loops over ``batch.items()`` that slice a value if it is a tensor. Losses that run a batch in pieces, as
+    those of sentence-transformers with a mini batch, then get a PackedSequence whole in every piece: the pieces
+    disagree with the tensors beside it, and the loss is wrong, with no error.
+    """
+    for name, module in sorted(sys.modules.items()):
+        if _is_within(name, package):
+            try:
+                tree = ast.parse(inspect.getsource(module))
+            except (OSError, TypeError, SyntaxError):  # no source: compiled, or made at run time
+                continue
+            for function in dict.fromkeys(_cutting(tree, name)):
+                yield (
+                    f"{function} cuts the tensors of a batch into pieces and puts a PackedSequence whole into each of "
+                    f"them: the result of a loss that uses it is wrong if there is more than one piece; use such a "
+                    f"loss with padded batches, or with pieces as large as the batch"
+                )
+
+
+def _cutting(node: ast.AST, scope: str) -> Iterator[str]:
+    """Yield the function around each loop in the code that cuts tensors alone, by its full name."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield from _cutting(child, f"{scope}.{child.name}")
+            continue
+        loops = [child] if isinstance(child, ast.For) else getattr(child, "generators", [])
+        if any(_cuts_tensors_alone(loop, child) for loop in loops):
+            yield scope
+        yield from _cutting(child, scope)
+
+
+def _cuts_tensors_alone(loop: Any, body: ast.AST) -> bool:
+    """Return whether this is a loop over the items of a mapping that slices a value if it is a tensor."""
+    items = isinstance(loop.iter, ast.Call) and getattr(loop.iter.func, "attr", None) == "items"
+    if not (items and isinstance(loop.target, ast.Tuple) and isinstance(loop.target.elts[-1], ast.Name)):
+        return False
+    value = loop.target.elts[-1].id
+    nodes = list(ast.walk(body))
+    names = {getattr(node, "id", getattr(node, "attr", None)) for node in nodes}
+    asks = any(isinstance(node, ast.Call) and _is_name(next(iter(node.args), None), value) for node in nodes)
+    slices = any(
+        isinstance(node, ast.Subscript)
+        and _is_name(node.value, value)
+        and any(isinstance(part, ast.Slice) for part in ast.walk(node.slice))
+        for node in nodes
+    )
+    return asks and slices and not names.isdisjoint({"Tensor", "is_tensor"}) and "PackedSequence" not in names
+
+
+def _is_name(node: ast.AST | None, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def _subclasses(package: str) -> list[type[Any]]:
+    """Return the Trainer subclasses of a module and its submodules, by name."""
+    from transformers import Trainer
+
+    found: list[type[Any]] = []
+    waiting: list[type[Any]] = [Trainer]
+    while waiting:
+        cls = waiting.pop()
+        waiting.extend(cls.__subclasses__())
+        # A class of another module counts where this one shows it, as scripts do that import theirs.
+        shown = vars(sys.modules[package]).get(cls.__name__) is cls
+        if (shown and not cls.__module__.startswith("transformers.")) or _is_within(cls.__module__, package):
+            found.append(cls)
+    return sorted(found, key=lambda cls: (cls.__module__, cls.__qualname__))
+
+
+def _is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def _calls_super(cls: type[Any], method: str) -> bool:
+    """Tell whether a class's own method hands over to that of a parent: read from the names in its code."""
+    names = _names(vars(cls)[method])
+    # The name of the method alone could be a call of itself, which the original makes for what is nested.
+    return method in names and not names.isdisjoint({"super", *(base.__name__ for base in cls.__mro__[1:])})
+
+
+def _names(function: Any) -> set[str]:
+    """Return the global names and attributes that a function's code mentions; nothing for what is no function."""
+    names: set[str] = set()
+    waiting = [getattr(inspect.unwrap(function), "__code__", None)] if callable(function) else []
+    while waiting:
+        code = waiting.pop()
+        if isinstance(code, CodeType):
+            names.update(code.co_names)
+            waiting.extend(code.co_consts)
+    return names

@@ -1,0 +1,111 @@
+"""Between padded tensors and PackedSequences, for the recurrent models.
+
+Steps come in one of two layouts: a padded tensor ``[B, T, *]``, with ``real`` (bool ``[B, T]``) true at the steps
+that are not padding, or a PackedSequence. ``real`` may be any pattern: a sequence is its real steps,
+in order, wherever they stand, so padding on the left, on the right and in between are the same to a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from hf_packfix.packing.jagged import from_jagged, to_jagged
+from hf_packfix.packing.packed import PackedSequence, batch_size, lengths, pad, same_packing, with_data
+
+__all__ = ["Steps", "align", "map_steps", "pack", "previous_rows", "real_steps", "unpack"]
+
+Steps: TypeAlias = Tensor | PackedSequence
+
+
+def real_steps(attention_mask: Steps | None, inputs: Steps, *, continues: bool = False) -> Tensor | None:
+    """Return which steps of padded inputs are real: bool ``[B, T]``.
+
+    Args:
+        attention_mask: ``[B, T]``, zero at padding; None where there is none. Packed inputs have none, or a
+            packed one, which tells nothing new.
+        inputs: ``[B, T, *]``, or packed.
+        continues: whether the inputs continue sequences; the mask may then begin with the steps before.
+
+    Returns:
+        None where all steps are real, and for packed inputs.
+
+    Raises:
+        ValueError: one is packed and the other is not, the mask has another shape than the inputs, or a row
+            of it has no real step.
+    """
+    if attention_mask is None or (isinstance(inputs, PackedSequence) and isinstance(attention_mask, PackedSequence)):
+        return None
+    if isinstance(inputs, PackedSequence) or isinstance(attention_mask, PackedSequence):
+        found = "padded" if isinstance(inputs, PackedSequence) else "packed"
+        raise ValueError(
+            f"found a {found} attention_mask beside inputs that are not: packed inputs need none, padded "
+            f"ones a padded one"
+        )
+    shape = inputs.shape[:2]
+    if continues:
+        attention_mask = attention_mask[:, -shape[1] :]
+    if attention_mask.shape != shape:
+        raise ValueError(
+            f"attention_mask must have the shape of the inputs, {list(shape)}, found {list(attention_mask.shape)}"
+        )
+    real = attention_mask.bool()
+    if bool(real.all()):
+        return None
+    empty = (~real.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"attention_mask has no real step in row {empty[0]}: drop empty sequences from the batch")
+    return real
+
+
+def pack(padded: Tensor, real: Tensor) -> PackedSequence:
+    """Return the real steps of a padded tensor ``[B, T, *]`` as a PackedSequence of B sequences."""
+    return from_jagged(padded[real], real.sum(1).cpu())
+
+
+def unpack(packed: PackedSequence, real: Tensor, fill: float = 0.0) -> Tensor:
+    """Return the padded tensor ``[B, T, *]`` with the sequences on its real steps: the inverse of ``pack``."""
+    flat, _ = to_jagged(packed)
+    padded = flat.new_full((*real.shape, *flat.shape[1:]), fill)
+    padded[real] = flat
+    return padded
+
+
+def map_steps(function: Callable[[Tensor], Tensor], steps: Steps) -> Steps:
+    """Apply a function of the last dimension to every step, in the layout of ``steps``."""
+    if isinstance(steps, PackedSequence):
+        return with_data(steps, function(steps.data))
+    return function(steps)
+
+
+def previous_rows(packed: PackedSequence) -> Tensor:
+    """Return for every row of ``data`` after the first steps the row one step before: int64 ``[N - B]``.
+
+    The first ``batch_sizes[0]`` rows of ``data`` are first steps; row n of step t follows row
+    ``n - batch_sizes[t - 1]``, since sequences keep their rank from step to step.
+    """
+    sizes = packed.batch_sizes
+    rows = torch.arange(batch_size(packed), packed.data.shape[0], device="cpu")
+    return (rows - sizes[:-1].repeat_interleave(sizes[1:])).to(packed.data.device)
+
+
+def align(packed: PackedSequence, like: PackedSequence, name: str) -> PackedSequence:
+    """Return ``packed`` with its rows in the order of ``like``.
+
+    Raises:
+        ValueError: ``name`` does not have the lengths of ``like``.
+    """
+    if same_packing(packed, like):
+        return packed
+    expected = lengths(like)
+    if not torch.equal(lengths(packed), expected):
+        raise ValueError(
+            f"{name} must have the lengths of the inputs, {expected.tolist()}, found {lengths(packed).tolist()}"
+        )
+    order = torch.arange(len(expected), device="cpu") if like.sorted_indices is None else like.sorted_indices.cpu()
+    rows = pad(packed)[order.to(packed.data.device)]
+    return with_data(like, pack_padded_sequence(rows, expected[order], batch_first=True).data)

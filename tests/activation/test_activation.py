@@ -1,0 +1,365 @@
+"""Turning the plugin on and off, in every order, and what it says of itself."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_sequence
+from transformers import Trainer
+
+import hf_packfix
+from hf_packfix import activation
+from hf_packfix.activation import versions
+from hf_packfix.patches import PATCHES
+from tests.support.oracle import stock
+from tests.support.packs import bare_trainer, some_pack
+from tests.support.patched import patch_of
+from tests.support.programs import TRAINS, run
+
+PATCH = patch_of("transformers.trainer:Trainer._prepare_input")
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import hf_packfix\nfrom transformers import Trainer",
+        "from transformers import Trainer\nimport hf_packfix",
+        "import transformers\nimport hf_packfix\nfrom transformers import Trainer",
+        "import hf_packfix, transformers\nTrainer = transformers.Trainer",
+        "import torch, hf_packfix\nfrom transformers.trainer import Trainer",
+        "from transformers import Trainer as T\nclass Trainer(T): pass\nimport hf_packfix",
+    ],
+)
+def test_any_order_of_imports(first):
+    # `Seq2SeqTrainer` brings in the last of the modules that are patched.
+    result = run(first + "\nfrom transformers import Seq2SeqTrainer, BatchFeature" + TRAINS)
+    assert result.returncode == 0, result.stderr
+
+
+STEPS = {
+    "import": "import hf_packfix",
+    "trainer": "from transformers import Trainer; original = vars(Trainer)['_prepare_input']",
+    "foreign": """
+inner = Trainer._prepare_input
+def foreign(self, data):
+    calls.append(1)
+    return inner(self, data)
+Trainer._prepare_input = foreign""",
+    "disable": "hf_packfix.disable()",
+    "enable": "hf_packfix.enable()",
+}
+ORDERS = [
+    order
+    for order in itertools.permutations(STEPS)
+    if order.index("trainer") < order.index("foreign")
+    and order.index("import") < min(order.index("disable"), order.index("enable"))
+]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_any_order_with_a_foreign_patch(order):
+    on = next(step for step in reversed(order) if step in ("import", "disable", "enable")) != "disable"
+    result = run(
+        "calls = []\n"
+        + "\n".join(STEPS[step] for step in order)
+        + f"""
+import torch, types
+from torch.nn.utils.rnn import pack_sequence
+trainer = Trainer.__new__(Trainer)
+trainer.args = types.SimpleNamespace(device=torch.device("meta"))
+trainer.is_deepspeed_enabled = False
+packed = pack_sequence([torch.ones(1), torch.ones(2)], enforce_sorted=False)
+try:
+    moved = trainer._prepare_input([packed])[0].data.device.type
+except AssertionError:
+    moved = "refused"
+assert moved == {"meta" if on else "refused"!r}, moved
+assert hf_packfix.is_enabled() is {on}
+assert calls
+standing = vars(Trainer)["_prepare_input"]
+hf_packfix.enable()
+assert trainer._prepare_input(packed).data.device.type == "meta"
+hf_packfix.disable()
+assert vars(Trainer)["_prepare_input"] is foreign
+try:
+    trainer._prepare_input(packed)
+except AssertionError:
+    print("done")
+"""
+    )
+    assert result.stdout == "done\n", result.stderr
+
+
+def test_import_loads_neither_torch_nor_transformers():
+    result = run(
+        """
+        import sys, hf_packfix
+        text = str(hf_packfix.status())
+        assert not {"torch", "transformers", "accelerate"} & set(sys.modules)
+        assert "_prepare_input" in text and "pending" in text, text
+        assert hf_packfix.is_enabled()
+        """
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_program_without_torch_is_not_made_to_load_it():
+    result = run(
+        """
+        import sys, types
+        stand_in = types.ModuleType("transformers.feature_extraction_utils")
+        exec("class BatchFeature:\\n    def to(self): pass", vars(stand_in))
+        import hf_packfix
+        from hf_packfix.activation.applying import on_module_imported
+        sys.modules[stand_in.__name__] = stand_in
+        on_module_imported(stand_in)
+        assert "torch" not in sys.modules
+        assert not hasattr(stand_in.BatchFeature.to, "__wrapped__")
+        del sys.modules[stand_in.__name__]
+        from transformers import Trainer
+        assert Trainer._prepare_input.__wrapped__
+        """
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_activation_leaves_the_process_state_of_accelerate_alone():
+    # Creating it fixes whether the process is distributed, which is up to the Trainer's arguments.
+    result = run(
+        "import hf_packfix; from transformers import Seq2SeqTrainer, Trainer; hf_packfix.enable();"
+        "from accelerate.state import AcceleratorState, GradientState, PartialState;"
+        "assert not PartialState._shared_state and not AcceleratorState._shared_state"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_enable_twice_wraps_once():
+    wrapper = vars(Trainer)["_prepare_input"]
+    hf_packfix.enable()
+    assert vars(Trainer)["_prepare_input"] is wrapper
+    assert not hasattr(wrapper.__wrapped__, "__wrapped__")
+
+
+def test_disable_puts_the_very_same_objects_back():
+    import transformers.trainer_pt_utils as pt_utils
+
+    originals = {}
+    for patch in PATCHES:
+        assert patch.status(True).state not in ("refused", "off"), str(patch.status(True))
+        if patch.active:
+            standing = patch._current()
+            (originals[patch.target],) = (x.original for x in patch._layers if x.wrapper is standing)
+    hf_packfix.disable()
+    assert not hf_packfix.is_enabled()
+    assert vars(Trainer)["_prepare_input"] is originals["transformers.trainer:Trainer._prepare_input"]
+    smoother = vars(pt_utils.LabelSmoother)["__call__"]
+    assert smoother is originals["transformers.trainer_pt_utils:LabelSmoother.__call__"]
+    package = os.path.dirname(hf_packfix.__file__) + os.sep
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if module.__name__.startswith(("transformers", "accelerate")) and callable(value):
+                code = getattr(value, "__code__", None)
+                assert code is None or not code.co_filename.startswith(package), (module, name)
+
+
+@pytest.mark.parametrize("says_what_it_wraps", [True, False])
+def test_a_later_wrapper_is_left_standing(monkeypatch, says_what_it_wraps):
+    ours, calls = vars(Trainer)["_prepare_input"], []
+
+    def theirs(self, data):
+        calls.append(data)
+        return ours(self, data)
+
+    if says_what_it_wraps:
+        theirs = functools.wraps(ours)(theirs)
+    original = ours.__wrapped__
+    Trainer._prepare_input = theirs
+    try:
+        assert hf_packfix.is_enabled()
+        assert "wrapped in turn" in PATCH.status(True).detail
+        hf_packfix.disable()
+        assert vars(Trainer)["_prepare_input"] is theirs
+        assert not hf_packfix.is_enabled()
+        with pytest.raises(AssertionError):  # passes through to stock
+            bare_trainer()._prepare_input(some_pack())
+        assert bare_trainer()._prepare_input(5) == 5
+        hf_packfix.enable()
+        assert vars(Trainer)["_prepare_input"] is theirs  # still wrapped once
+        assert bare_trainer()._prepare_input(some_pack()).data.shape == (6, 2)
+        assert calls
+    finally:
+        Trainer._prepare_input = ours
+        hf_packfix.disable()
+    assert vars(Trainer)["_prepare_input"] is original
+
+
+def test_an_overwritten_patch_is_seen_and_put_back():
+    original = vars(Trainer)["_prepare_input"].__wrapped__
+    Trainer._prepare_input = original
+    assert not hf_packfix.is_enabled()
+    assert not hf_packfix.status().enabled
+    assert PATCH.status(True).state == "refused"
+    assert "replaced it after activation" in PATCH.status(True).detail
+    hf_packfix.enable()
+    assert hf_packfix.is_enabled()
+    hf_packfix.disable()
+    assert vars(Trainer)["_prepare_input"] is original
+
+
+def test_an_import_hook_never_raises(monkeypatch, caplog):
+    def damaged():
+        raise RuntimeError("the patches cannot be read")
+
+    monkeypatch.setattr(activation, "_failures", set())
+    with monkeypatch.context() as broken:
+        broken.setattr(activation, "_patches", damaged)
+        activation.on_module_imported(sys.modules["transformers.trainer"])
+    assert "could not patch transformers.trainer: RuntimeError: the patches cannot be read" in caplog.text
+
+
+def test_threads_may_toggle_at_once():
+    original = vars(Trainer)["_prepare_input"].__wrapped__
+    errors = []
+
+    def toggle():
+        try:
+            for _ in range(10):
+                hf_packfix.enable()
+                hf_packfix.disable()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=toggle) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert vars(Trainer)["_prepare_input"] is original
+
+
+def test_status_reads_well():
+    status = hf_packfix.status()
+    assert status.enabled
+    assert status.activated_by
+    assert status.versions["transformers"] == versions.found("transformers")
+    text = str(status)
+    for patch in status.patches:
+        assert patch.target in text
+        assert f"{patch.problem}; {patch.fix}" in text
+        assert patch.problem
+        assert patch.fix
+    hf_packfix.disable()
+    off = hf_packfix.status()
+    assert not off.enabled
+    assert "disable() was called" in str(off)
+    assert [(p.target, p.problem, p.state) for p in off.patches] == [
+        (p.target, p.problem, "off") for p in status.patches
+    ]
+
+
+def test_too_old_is_refused_with_what_was_found_and_required(monkeypatch):
+    monkeypatch.setattr(versions, "found", lambda package: "4.30.2")
+    hf_packfix.disable()
+    with pytest.raises(hf_packfix.UnsupportedVersionError, match=r"transformers >= 4\.46.*4\.30\.2") as caught:
+        hf_packfix.enable()
+    assert isinstance(caught.value, ImportError)
+    assert (caught.value.conflict.required, caught.value.conflict.found) == ("4.46", "4.30.2")
+    assert not hf_packfix.is_enabled()
+    hf_packfix.enable(force=True)
+    assert hf_packfix.is_enabled()
+
+
+def test_a_missing_transformers_is_named(monkeypatch):
+    monkeypatch.setattr(versions, "found", lambda package: None)
+    with pytest.raises(hf_packfix.UnsupportedVersionError, match=r"transformers is not installed.*; install it with"):
+        hf_packfix.enable()
+
+
+OLD = """
+import importlib_metadata, sys
+real = importlib_metadata.version
+importlib_metadata.version = lambda name: "{version}" if name == "transformers" else real(name)
+"""
+
+
+def test_import_raises_below_the_floor():
+    result = run(OLD.format(version="4.45.2") + "import hf_packfix")
+    assert result.returncode == 1
+    assert "UnsupportedVersionError" in result.stderr
+    assert "4.45.2" in result.stderr
+
+
+def test_newer_than_tested_is_no_news_when_all_is_as_expected():
+    code = "import logging; logging.basicConfig(level=logging.INFO, stream=sys.stdout)\nimport hf_packfix\n"
+    code += "from transformers import Trainer, Seq2SeqTrainer, BatchFeature"
+    result = run(OLD.format(version="99.0.0") + code + TRAINS, PYTHONWARNINGS="always::UserWarning")
+    assert result.returncode == 0, result.stderr
+    assert "packfix" not in result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if "newer" in line and "packfix" in line]
+    assert line == "INFO:hf_packfix:newer than what hf_packfix was tested with, judged by probes: transformers 99.0.0"
+
+
+def test_the_kill_switch():
+    result = run(
+        """
+        import warnings, hf_packfix
+        assert not hf_packfix.is_enabled()
+        assert "HF_PACKFIX=0 keeps it off" in str(hf_packfix.status())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            hf_packfix.enable()
+        assert [w.category for w in caught] == [hf_packfix.HFPackfixWarning], caught
+        assert not hf_packfix.is_enabled()
+        hf_packfix.enable(force=True)
+        assert hf_packfix.is_enabled()
+        """,
+        HF_PACKFIX="0",
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_warnings_point_at_the_caller(monkeypatch):
+    monkeypatch.setenv("HF_PACKFIX", "off")
+    monkeypatch.setattr("hf_packfix._warnings._warned", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hf_packfix.enable()
+    assert caught[0].filename == __file__
+
+
+def test_a_module_whose_name_begins_like_ours_is_a_caller(monkeypatch):
+    monkeypatch.setenv("HF_PACKFIX", "off")
+    monkeypatch.setattr("hf_packfix._warnings._warned", set())
+    code = compile("hf_packfix.enable()", "theirs.py", "exec")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exec(code, {"hf_packfix": hf_packfix, "__name__": "hf_packfix_examples"})
+    assert caught[0].filename == "theirs.py"
+
+
+def test_a_patched_trainer_can_be_copied_and_inspected():
+    import copy
+    import inspect
+    import pickle
+
+    trainer = bare_trainer()
+    trainer.bound = trainer._prepare_input
+    copied = copy.deepcopy(trainer)
+    assert copied.bound.__self__ is copied
+    assert pickle.loads(pickle.dumps(Trainer._prepare_input)) is Trainer._prepare_input
+    assert list(inspect.signature(Trainer._prepare_input).parameters) == ["self", "data"]
+    assert "Prepares one `data`" in inspect.getsource(Trainer._prepare_input)
+
+
+def test_stock_is_stock():
+    pack = pack_sequence([torch.ones(1), torch.ones(2)], enforce_sorted=False)
+    with stock(), pytest.raises(AssertionError):
+        bare_trainer()._prepare_input(pack)

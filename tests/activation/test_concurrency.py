@@ -1,0 +1,208 @@
+"""Threads that toggle while others train, and processes that fork at the worst moment."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+import pytest
+
+from tests.support.interpreters import interpret, run
+
+THREADS = """
+def together(togglers, toggle, trainers):
+    # Toggles from `togglers` threads until all trainers are through; returns their losses and the toggles.
+    sys.setswitchinterval(1e-4)  # as many switches between threads as there can be
+    failed, found, toggled, over = [], {}, [0] * togglers, threading.Event()
+
+    def guard(function, *args):
+        try:
+            function(*args)
+        except BaseException as error:
+            failed.append(error)
+
+    def keep_toggling(number):
+        while not over.is_set():
+            toggle()
+            toggled[number] += 1
+
+    def train(number, trainer):
+        found[number] = losses(trainer)
+
+    toggling = [threading.Thread(target=guard, args=(keep_toggling, n)) for n in range(togglers)]
+    training = [threading.Thread(target=guard, args=(train, n, t)) for n, t in enumerate(trainers)]
+    for thread in toggling + training:
+        thread.start()
+    for thread in training:
+        thread.join()
+    over.set()
+    for thread in toggling:
+        thread.join()
+    if failed:
+        raise failed[0]
+    return [found[n] for n in range(len(trainers))], sum(toggled)
+
+def targets():
+    from hf_packfix.patches import PATCHES
+    from hf_packfix.patches.targets import resolve
+    return {p.target: resolve(p.module, p.path)[1] for p in PATCHES}
+
+expected = losses(build(padded_batch, epochs=6))
+wrapped = targets()
+hf_packfix.disable()
+originals = targets()
+hf_packfix.enable()
+changed = [name for name in wrapped if wrapped[name] is not originals[name]]
+assert len(changed) > 20, changed
+"""
+
+
+def test_ordinary_training_does_not_notice_others_toggling():
+    run(
+        THREADS
+        + """
+def toggle():
+    hf_packfix.enable()
+    hf_packfix.disable()
+
+found, toggles = together(16, toggle, [build(padded_batch, epochs=6) for _ in range(4)])
+assert toggles >= 16, toggles
+for each in found:
+    assert each == expected, (each, expected)  # to the last bit
+hf_packfix.disable()
+assert all(targets()[name] is originals[name] for name in originals)
+assert not hf_packfix.is_enabled()
+hf_packfix.enable()
+for name in changed:
+    assert targets()[name].__wrapped__ is originals[name], name  # wrapped, and once
+assert hf_packfix.is_enabled()
+close(losses(build(packed_batch, epochs=6)), expected)
+"""
+    )
+
+
+def test_packed_training_does_not_notice_others_enabling():
+    run(
+        THREADS
+        + """
+alone = losses(build(packed_batch, epochs=6))
+close(alone, expected)
+def toggle():
+    hf_packfix.enable()
+    assert hf_packfix.is_enabled()
+    assert hf_packfix.status().enabled
+
+found, toggles = together(16, toggle, [build(packed_batch, epochs=6) for _ in range(4)])
+assert toggles >= 16, toggles
+for each in found:
+    assert each == alone, (each, alone)  # to the last bit
+assert all(targets()[name] is wrapped[name] for name in wrapped)
+"""
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_while_another_thread_holds_the_lock():
+    printed = run(
+        """
+        import os, signal
+        from hf_packfix.activation.state import state
+        held, done = threading.Event(), threading.Event()
+        def hold():
+            with state.lock:
+                held.set()
+                done.wait()
+        threading.Thread(target=hold, daemon=True).start()
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # a deadlock ends the child
+            hf_packfix.status()
+            hf_packfix.enable()
+            hf_packfix.disable()
+            assert not hf_packfix.is_enabled()
+            hf_packfix.enable()
+            losses(build(packed_batch))
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        done.set()
+        assert status == 0, status
+        assert hf_packfix.is_enabled()  # the parent is as it was
+        print("done")
+        """
+    )
+    assert printed.endswith("done\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_children_forked_while_threads_toggle():
+    run(
+        THREADS
+        + """
+import os, signal
+stop = threading.Event()
+def keep_toggling():
+    while not stop.is_set():
+        hf_packfix.enable()
+        hf_packfix.disable()
+threads = [threading.Thread(target=keep_toggling) for _ in range(4)]
+for thread in threads:
+    thread.start()
+statuses = []
+for _ in range(30):
+    child = os.fork()
+    if child == 0:
+        # The fork may have caught a thread in the middle of a change.
+        signal.alarm(60)
+        code = 1
+        try:
+            hf_packfix.enable()
+            assert hf_packfix.is_enabled()
+            assert all(targets()[name].__wrapped__ is originals[name] for name in changed)
+            hf_packfix.disable()
+            assert all(targets()[name] is originals[name] for name in originals)
+            code = 0
+        finally:
+            os._exit(code)
+    statuses.append(os.waitpid(child, 0)[1])
+stop.set()
+for thread in threads:
+    thread.join()
+assert statuses == [0] * 30, statuses
+"""
+    )
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_a_child_trains_on_packs(tmp_path, method):
+    # From a file, which `spawn` imports again: that is where the child is activated.
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import sys
+import hf_packfix
+import multiprocessing, torch
+from tests.support.oracle import PlainTagger, packed_batch, padded_batch, rows, train
+
+def child(queue, expected, folder):
+    torch.set_num_threads(1)
+    assert hf_packfix.is_enabled()
+    run = train(folder, PlainTagger, rows(6), packed_batch, num_train_epochs=1)
+    torch.testing.assert_close(run.losses, expected, rtol=2e-5, atol=2e-5)
+    queue.put(len(run.losses))
+
+if __name__ == "__main__":
+    folder, method = sys.argv[1:]
+    torch.set_num_threads(1)
+    expected = train(folder, PlainTagger, rows(6), padded_batch, num_train_epochs=1).losses
+    context = multiprocessing.get_context(method)
+    queue = context.SimpleQueue()
+    process = context.Process(target=child, args=(queue, expected, folder))
+    process.start()
+    process.join(200)
+    assert process.exitcode == 0, process.exitcode
+    assert queue.get() == len(expected) == 2
+"""
+    )
+    # Of its own, so that a hanging child is a failure and not a hanging test.
+    interpret(str(program), str(tmp_path), method)

@@ -1,0 +1,190 @@
+"""Import finders of others in front of wrapt's: our hooks do not run for the modules that they load."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.interpreters import interpret
+
+#: A finder that loads the modules of some packages by itself, as those of typeguard, jaxtyping and comet_ml do.
+FINDER = """
+import sys
+from importlib.machinery import PathFinder
+
+class Theirs:
+    def __init__(self, *packages): self.packages = packages
+    def find_spec(self, name, path=None, target=None):
+        if any(name == package or name.startswith(package + ".") for package in self.packages):
+            return PathFinder.find_spec(name, path, target)
+
+def answer_for(*packages): sys.meta_path.insert(0, Theirs(*packages))
+
+def check():
+    import hf_packfix
+    states = {patch.target: patch.state for patch in hf_packfix.status().patches}
+    loaded = {target for target in states if target.partition(":")[0] in sys.modules}
+    assert loaded and not [target for target in loaded if states[target] == "pending"], hf_packfix.status()
+    assert "applied" in states.values() and hf_packfix.is_enabled()
+"""
+TRAIN = """
+def use():
+    import tempfile, torch
+    from transformers import Trainer
+    from tests.support.oracle import Tagger, arguments, new_model, packed_batch, rows
+    data = rows(4)
+    trainer = Trainer(new_model(Tagger), arguments(tempfile.mkdtemp(), max_steps=1), train_dataset=data,
+                      data_collator=packed_batch, eval_dataset=data)
+    trainer.train()
+    assert Trainer._prepare_input.__wrapped__
+    trainer.evaluate()
+"""
+PACKAGES = [
+    "'torch'",
+    "'transformers.trainer'",
+    "'transformers'",
+    "'accelerate', 'transformers'",
+    "'torch', 'transformers.trainer'",
+]
+ALL = ", ".join(["'torch'", "'accelerate'", "'transformers'"])
+
+
+def run(code: str) -> None:
+    interpret("-c", FINDER + TRAIN + code)
+
+
+@pytest.mark.parametrize("packages", PACKAGES)
+def test_patches_are_there_when_the_trainer_is_used(packages):
+    run(f"import hf_packfix\nanswer_for({packages})\nuse()\ncheck()")
+
+
+@pytest.mark.parametrize("packages", [*PACKAGES, ALL])
+def test_status_applies_what_is_pending(packages):
+    run(f"import hf_packfix\nanswer_for({packages})\nfrom transformers import Seq2SeqTrainer, BatchFeature\ncheck()")
+
+
+def test_asking_whether_it_is_enabled_applies_what_is_pending():
+    run(
+        f"""
+import hf_packfix
+answer_for({ALL})
+from transformers import Trainer
+assert not hasattr(Trainer._prepare_input, "__wrapped__")
+assert hf_packfix.is_enabled()
+assert Trainer._prepare_input.__wrapped__
+use()
+"""
+    )
+
+
+def test_a_trainer_that_is_loaded_after_everything_else():
+    """Its module is the first that their finder loads, and no hook runs after it."""
+    run(
+        """
+import hf_packfix
+import accelerate, transformers.trainer_pt_utils, transformers.trainer_utils, transformers.feature_extraction_utils
+answer_for("transformers.trainer", "transformers.trainer_seq2seq")
+from transformers import Seq2SeqTrainer
+use()
+check()
+"""
+    )
+
+
+def test_a_module_that_is_being_imported_is_not_judged():
+    run(
+        """
+import hf_packfix, torch, wrapt
+answer_for("transformers.trainer")
+seen = {}
+
+def ask(module):
+    seen["half"] = "Trainer" not in vars(sys.modules["transformers.trainer"])
+    seen["enabled"] = hf_packfix.is_enabled()
+    seen.update((p.target, (p.state, p.detail)) for p in hf_packfix.status().patches)
+    torch.utils.data.DataLoader([1])  # a Trainer's first use, as far as we can tell
+
+wrapt.register_post_import_hook(ask, "transformers.trainer_pt_utils")
+import transformers.trainer
+assert seen["half"] and seen["enabled"], seen
+state, detail = seen["transformers.trainer:Trainer._prepare_input"]
+assert state == "pending" and detail == "the module is being imported", (state, detail)
+check()
+"""
+    )
+
+
+def test_what_is_wrapped_until_the_trainer_is_used_is_put_back():
+    run(
+        """
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+places = [(Accelerator, "__init__"), (DataLoader, "__init__")]
+originals = [vars(owner)[name] for owner, name in places]
+def standing(): return [vars(owner)[name] for owner, name in places]
+
+import hf_packfix
+assert [f.__wrapped__ for f in standing()] == originals
+hf_packfix.disable()
+assert standing() == originals
+hf_packfix.enable()
+assert [f.__wrapped__ for f in standing()] == originals
+list(DataLoader([1]))  # works as before
+from transformers import BatchFeature, Seq2SeqTrainer
+import torch.distributed.utils
+check()
+assert "pending" not in {patch.state for patch in hf_packfix.status().patches}
+assert standing() == originals
+"""
+    )
+
+
+def test_nothing_is_raised_where_the_trainer_is_used():
+    run(
+        """
+import hf_packfix, torch
+from hf_packfix.activation import applying
+real, applying.requested_patches = applying.requested_patches, lambda: 1 / 0
+assert len(torch.utils.data.DataLoader([1, 2])) == 2
+applying.requested_patches = real
+"""
+    )
+
+
+def test_a_lock_that_another_thread_holds_does_not_stop_the_first_use():
+    run(
+        """
+import threading
+import hf_packfix, torch
+from hf_packfix.activation.applying import locked
+answer_for("transformers")
+import transformers.trainer
+held, done = threading.Event(), threading.Event()
+def hold():
+    with locked():
+        held.set()
+        assert done.wait(60)
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+torch.utils.data.DataLoader([1])  # does not wait
+assert not hasattr(transformers.trainer.Trainer._prepare_input, "__wrapped__")
+done.set()
+thread.join()
+assert transformers.trainer.Trainer._prepare_input.__wrapped__  # whoever has the lock does it
+"""
+    )
+
+
+def test_a_loaded_module_that_waits_for_torch_says_so():
+    run(
+        """
+import types
+import hf_packfix
+name = "transformers.feature_extraction_utils"
+sys.modules[name] = types.ModuleType(name)
+(found,) = [patch for patch in hf_packfix.status().patches if patch.target.startswith(name)]
+assert (found.state, found.detail) == ("pending", "torch is not loaded"), found
+assert "torch" not in sys.modules
+"""
+    )

@@ -1,0 +1,104 @@
+"""Where the versions of the packages are read from when their metadata are missing."""
+
+from __future__ import annotations
+
+import compileall
+import sys
+import types
+
+import pytest
+
+from hf_packfix.activation import versions
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Return a function that makes an importable package without metadata; it is unloaded afterwards."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(source, *, byte_code_only=False):
+        folder = tmp_path / "made_up_package"
+        folder.mkdir()
+        (folder / "__init__.py").write_text(source)
+        if byte_code_only:
+            compileall.compile_dir(folder, quiet=1, legacy=True)
+            (folder / "__init__.py").unlink()
+        monkeypatch.setattr(versions, "MINIMUM", {"made-up-package": "2.0"})
+
+    yield make
+    sys.modules.pop("made_up_package", None)
+
+
+def refused():
+    conflict = versions.conflict()
+    return conflict and (conflict.package, conflict.found)
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_from_the_source_without_an_import(package, quote):
+    package(f"import this_is_not_there\n__version__ = {quote}2.1.0{quote}\n")
+    assert versions.found("made-up-package") == "2.1.0"
+    assert refused() is None
+    assert "made_up_package" not in sys.modules
+
+
+def test_a_version_in_the_source_that_is_too_old(package):
+    package("__version__ = '1.9'\n")
+    assert refused() == ("made-up-package", "1.9")
+
+
+def test_from_the_loaded_module(package, monkeypatch):
+    package("__version__ = '1.9'\n")
+    loaded = types.ModuleType("made_up_package")
+    loaded.__version__ = "3.0"
+    monkeypatch.setitem(sys.modules, "made_up_package", loaded)
+    assert versions.found("made-up-package") == "3.0"
+
+
+def test_from_the_module_where_there_is_no_source(package):
+    package("__version__ = '2.5'\n", byte_code_only=True)
+    assert versions.found("made-up-package") is None  # imports nothing
+    assert refused() is None
+    assert sys.modules["made_up_package"].__version__ == "2.5"
+
+
+@pytest.mark.parametrize("source", ["", "__version__ = 3\n", "raise RuntimeError('broken')\n"])
+@pytest.mark.parametrize("byte_code_only", [False, True])
+def test_where_nothing_tells(package, source, byte_code_only):
+    package(source, byte_code_only=byte_code_only)
+    assert refused() == ("made-up-package", None)
+    assert ("made_up_package" in sys.modules) == (byte_code_only and "raise" not in source)
+
+
+def test_a_module_that_raises_when_asked(monkeypatch):
+    class Asked(types.ModuleType):
+        def __getattr__(self, name):
+            raise RuntimeError(name)
+
+    monkeypatch.setitem(sys.modules, "made_up_package", Asked("made_up_package"))
+    assert versions.found("made-up-package") is None
+
+
+def test_no_such_package():
+    assert versions.found("made-up-package") is None
+
+
+def test_without_metadata_our_dependencies_are_found_all_the_same(monkeypatch):
+    import accelerate
+    import importlib_metadata
+    import torch
+    import transformers
+
+    expected = {"transformers": transformers.__version__, "accelerate": accelerate.__version__}
+
+    def missing(name):
+        raise importlib_metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib_metadata, "version", missing)
+    assert {name: versions.found(name) for name in expected} == expected
+    assert versions.found("torch") == str(torch.__version__)
+    assert versions.conflict() is None
+    for name in expected:
+        monkeypatch.delitem(sys.modules, name)
+        assert versions.found(name) == expected[name]  # from the source
+        assert name not in sys.modules

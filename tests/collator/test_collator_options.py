@@ -1,0 +1,257 @@
+"""The collator's options: known keys, rows that are packed already, sorted rows, and sequences without steps."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import hf_packfix
+from hf_packfix import DataCollatorForPackedSequence
+from tests.support.oracle import (
+    Tagger,
+    assert_same_run,
+    by_length,
+    new_trainer,
+    padded_batch,
+    rows,
+    sorted_packed_batch,
+    stock,
+    train,
+)
+from tests.support.same import assert_same_packed
+
+collate = DataCollatorForPackedSequence()
+
+
+# --- names that no row has --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["packed_keys", "tensor_keys"])
+def test_names_that_no_row_has_are_an_error(option):
+    features = [{"input_ids": [1, 2], "labels": 1, "text": "a"}]
+    collate = DataCollatorForPackedSequence(**{option: ["input_id", "input_ids"]})
+    with pytest.raises(ValueError, match=r"found \['input_id'\]; the rows have \['input_ids', 'labels', 'text'\]"):
+        collate(features)
+    with pytest.raises(ValueError, match=r"\['more', 'mroe'\]; the rows have"):
+        DataCollatorForPackedSequence(packed_keys=["more"], tensor_keys=["mroe"])(features)
+
+
+def test_rows_to_predict_need_no_labels():
+    for name in ("label", "label_ids", "labels"):
+        collate = DataCollatorForPackedSequence(tensor_keys=[name])
+        assert list(collate([{"input_ids": [1, 2]}])) == ["input_ids"]
+        # A name that the rows have stands for the one of the batch.
+        assert torch.equal(collate([{"input_ids": [1], "label": [3, 4]}])["labels"], torch.tensor([[3, 4]]))
+    with pytest.raises(ValueError, match=r"must not share a key, found \['labels'\] in both"):
+        DataCollatorForPackedSequence(packed_keys=["label"], tensor_keys=["labels"])
+
+
+# --- rows that are packed already -------------------------------------------------------------------------
+
+
+def packed_rows(count: int = 14) -> list[Any]:
+    return [{key: pack_sequence([value]) for key, value in row.items()} for row in rows(count)]
+
+
+def test_packed_rows_are_concatenated():
+    batch = collate(packed_rows())
+    for key in ("input_ids", "labels"):
+        expected = [row[key] for row in rows()]
+        assert_same_packed(batch[key], expected)
+
+
+def test_packed_rows_of_several_sequences_stay_in_their_order():
+    pieces = [torch.arange(n).float() for n in (2, 4, 1, 3, 3)]
+    features = [
+        {"x": pack_sequence(pieces[:2], enforce_sorted=False), "n": 2},
+        {"x": pack_sequence(pieces[2:], enforce_sorted=False), "n": 3},
+    ]
+    batch = collate(features)
+    assert_same_packed(batch["x"], pieces)
+    assert batch["n"].tolist() == [2, 3]
+
+
+def test_packed_rows_train_like_the_padded_ones(tmp_path):
+    found = train(tmp_path, Tagger, packed_rows(), collate)
+    with stock():
+        expected = train(tmp_path, Tagger, rows(), padded_batch)
+    assert_same_run(found, expected)
+
+
+def test_refusals_of_packed_rows():
+    pack = pack_sequence([torch.ones(3), torch.ones(2)])
+    for features, message in (
+        ([{"x": pack}, {"x": [1.0]}], "'x' of row 1 is not a PackedSequence, but that of another row is"),
+        ([{"x": pack}, {"x": pack._replace(data=torch.ones(4))}], "'x' of row 1: this PackedSequence is inconsistent"),
+        (
+            [{"x": pack}, {"x": pack._replace(data=torch.ones(5, 2))}],
+            r"'x' of row 1 has steps of shape \[2\], but row 0 has \[\]",
+        ),
+        ([{"x": pack}, {"x": PackedSequence(torch.ones(0), torch.ones(0).long())}], "'x' of row 1 is empty"),
+        (
+            [{"x": [1, 0], "y": pack, "attention_mask": pack._replace(data=torch.tensor([1, 1, 1, 0, 1]))}],
+            "'attention_mask' of row 0 cannot cut rows that are packed already",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            collate(features)
+    with pytest.raises(ValueError, match="'x' of row 0 is a PackedSequence, which cannot be stacked"):
+        DataCollatorForPackedSequence(tensor_keys=["x"])([{"x": pack}])
+
+
+def test_a_packed_mask_is_dropped_or_kept():
+    pack = pack_sequence([torch.ones(3).long()])
+    features = [{"x": pack, "attention_mask": pack}] * 2
+    assert list(collate(features)) == ["x"]
+    kept = DataCollatorForPackedSequence(keep_attention_mask=True)(features)
+    assert_same_packed(kept["attention_mask"], [torch.ones(3).long()] * 2)
+
+
+# --- sorted rows ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda row: row, lambda row: {k: pack_sequence([v]) for k, v in row.items()}])
+def test_sorted_rows_train_without_index_tensors(tmp_path, make):
+    sort = DataCollatorForPackedSequence(enforce_sorted=True)
+    data = [make(row) for row in rows()]
+    batch = sort(data)
+    expected = by_length(sorted_packed_batch)(rows())
+    for key in ("input_ids", "labels"):
+        assert batch[key].sorted_indices is None
+        assert batch[key].unsorted_indices is None
+        assert all(map(torch.equal, batch[key][:2], expected[key][:2]))
+    found = train(tmp_path, Tagger, data, sort)
+    with stock():
+        assert_same_run(found, train(tmp_path, Tagger, rows(), by_length(padded_batch)))
+
+
+class DropsIndices(Tagger):
+    """Rebuilds its packed logits as one did before torch 1.1, when there were no index tensors."""
+
+    def forward(self, input_ids: Any = None, labels: Any = None, attention_mask: Any = None, **options: Any) -> Any:
+        result = super().forward(input_ids, labels, attention_mask, **options)
+        if isinstance(result.logits, PackedSequence):
+            result["logits"] = PackedSequence(result.logits.data, result.logits.batch_sizes)
+        return result
+
+
+def test_a_model_that_drops_the_index_tensors_is_evaluated_in_order(tmp_path):
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        real = prediction.label_ids != -100
+        return {"product": float((prediction.predictions[real, 0] * prediction.label_ids[real]).sum())}
+
+    options = {"compute_metrics": compute_metrics}
+    sort = DataCollatorForPackedSequence(enforce_sorted=True)
+    found = new_trainer(tmp_path, DropsIndices, rows(), sort, options=options).evaluate()
+    with stock():
+        expected = new_trainer(tmp_path, Tagger, rows(), padded_batch, options=options).evaluate()
+    assert found["eval_product"] == pytest.approx(expected["eval_product"], rel=1e-4)
+    # Without it, one sequence's labels are compared with another one's predictions.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", hf_packfix.HFPackfixWarning)
+        wrong = new_trainer(tmp_path, DropsIndices, rows(), collate, options=options).evaluate()
+    assert wrong["eval_product"] != pytest.approx(expected["eval_product"], rel=1e-2)
+
+
+def test_what_is_stacked_is_sorted_alike_and_rows_of_one_length_keep_their_order():
+    features = [
+        {"x": list(range(n)), "y": [number] * m, "number": number}
+        for number, (n, m) in enumerate([(2, 1), (3, 2), (2, 2), (3, 2), (2, 1)])
+    ]
+    batch = DataCollatorForPackedSequence(enforce_sorted=True)(features)
+    assert batch["number"].tolist() == [1, 3, 2, 0, 4]
+    assert hf_packfix.pad(batch["y"], -1)[:, 0].tolist() == [1, 3, 2, 0, 4]
+    assert batch["x"].sorted_indices is batch["y"].sorted_indices is None
+
+
+def test_keys_that_no_order_sorts_alike():
+    features = [{"x": [1, 2, 3], "y": [1]}, {"x": [1, 2], "y": [1, 2]}]
+    with pytest.raises(ValueError, match=r"sorted by 'x', 'y' has the lengths \[1, 2\]"):
+        DataCollatorForPackedSequence(enforce_sorted=True)(features)
+    two = pack_sequence([torch.ones(3), torch.ones(2)])
+    with pytest.raises(ValueError, match="enforce_sorted sorts rows, but 'x' of row 0 holds 2 sequences"):
+        DataCollatorForPackedSequence(enforce_sorted=True)([{"x": two}])
+
+
+# --- sequences without steps ------------------------------------------------------------------------------
+
+drop = DataCollatorForPackedSequence(empty="drop")
+
+
+def test_rows_without_steps_are_dropped_in_all_keys():
+    features = [
+        {"x": [], "y": [7], "number": 0},
+        {"x": [1, 2], "y": [8, 9], "number": 1},
+        {"x": [3], "y": [], "number": 2},
+        {"x": [4], "y": [5], "number": 3},
+    ]
+    batch = drop(features)
+    assert_same_packed(batch["x"], [torch.tensor([1, 2]), torch.tensor([4])])
+    assert_same_packed(batch["y"], [torch.tensor([8, 9]), torch.tensor([5])])
+    assert batch["number"].tolist() == [1, 3]
+    both = DataCollatorForPackedSequence(empty="drop", enforce_sorted=True)(features[::-1])
+    assert both["number"].tolist() == [1, 3]
+    for row, key in ((0, "x"), (2, "y")):
+        with pytest.raises(ValueError, match=f"'{key}' of row 0 is empty: .* empty='drop'"):
+            collate([features[row]])
+
+
+def test_rows_of_features_and_packed_rows_without_steps():
+    features = [{"x": []}, {"x": torch.ones(2, 3)}, {"x": torch.ones(0, 3)}]
+    assert_same_packed(drop(features)["x"], [torch.ones(2, 3)])
+    pack = pack_sequence([torch.ones(2)])
+    nothing = PackedSequence(torch.ones(0), torch.ones(0).long())
+    assert_same_packed(drop([{"x": nothing}, {"x": pack}, {"x": pack}])["x"], [torch.ones(2)] * 2)
+
+
+def test_rows_that_the_mask_calls_all_padding_are_dropped():
+    features = [
+        {"input_ids": [0, 0], "attention_mask": [0, 0], "labels": 1},
+        {"input_ids": [5, 0], "attention_mask": [1, 0], "labels": 2},
+    ]
+    batch = drop(features)
+    assert_same_packed(batch["input_ids"], [torch.tensor([5])])
+    assert batch["labels"].tolist() == [2]
+    with pytest.raises(ValueError, match=r"'attention_mask' of row 0 has no real step: .* empty='drop'"):
+        collate(features)
+
+
+def test_errors_count_the_rows_that_were_dropped():
+    with pytest.raises(ValueError, match=r"'x' of row 2 has steps of shape \[2\], but row 1 has \[1\]"):
+        drop([{"x": []}, {"x": [[1]]}, {"x": [[1, 2]]}])
+
+
+def test_a_batch_of_nothing():
+    with pytest.raises(
+        ValueError, match=r"each of the 2 rows of the batch has a sequence without steps in one of \['x'"
+    ):
+        drop([{"x": [], "y": 1}, {"x": [], "y": 2}])
+    with pytest.raises(ValueError, match="empty must be 'error' or 'drop', found 'skip'"):
+        DataCollatorForPackedSequence(empty="skip")  # type: ignore[arg-type]
+
+
+def test_dropping_trains_like_a_data_set_without_these_rows(tmp_path):
+    nothing = {"input_ids": torch.ones(0).long(), "labels": torch.ones(0).long()}
+    data = [row for pair in zip(rows(12), [nothing] * 12, strict=True) for row in pair]
+    options = {"options": {"compute_metrics": lambda p: {"n": len(p.label_ids)}}}
+    found = train(
+        tmp_path, Tagger, data, drop, per_device_train_batch_size=24, per_device_eval_batch_size=4, **options
+    )
+    with stock():
+        expected = train(
+            tmp_path,
+            Tagger,
+            rows(12),
+            padded_batch,
+            per_device_train_batch_size=12,
+            per_device_eval_batch_size=2,
+            **options,
+        )
+    assert_same_run(found, expected)
+    ours, theirs = found.trainer.evaluate(), expected.trainer.evaluate()
+    assert ours["eval_n"] == theirs["eval_n"] == 12
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)

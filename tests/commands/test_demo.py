@@ -1,0 +1,91 @@
+"""The demo reaches its accuracy packed and padded, and its command line refuses what is wrong."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def demo(directory, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "hf_packfix", "demo", *arguments],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+#: The lines before the last one, which must be all that compares the two runs.
+CLOSING = [
+    r"accuracy on 370 test recordings: padded (0\.\d+), packed (0\.\d+)",
+    r"losses of the 270 batches: differ by at most (\S+)",
+    r"steps computed: padded ([\d,]+), packed ([\d,]+) \((\d+)% saved\)",
+    r"training time, one CPU thread: padded (\S+) s \(.*\), packed (\S+) s \(.*\)",
+]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4])
+def test_accuracy_and_what_packing_saves(tmp_path, seed):
+    result = demo(tmp_path, "--seed", str(seed), "--output-dir", "out")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert "AssertionError" in lines[1]  # what stock does with the same batch
+    name, accuracy = lines[-1].split(": ")
+    assert name == "accuracy"
+    assert float(accuracy) >= 0.950
+    found = [re.fullmatch(pattern, line) for pattern, line in zip(CLOSING, lines[-5:-1], strict=True)]
+    assert all(found), lines[-5:-1]
+    accuracies, difference, steps, _ = ([*match.groups()] for match in found if match)
+    assert accuracies[1] == accuracy
+    assert float(accuracies[0]) == pytest.approx(float(accuracy), abs=0.01)
+    # Not to the last bit: rounding grows from batch to batch. The first losses are 2.2.
+    assert float(difference[0]) < 0.01
+    assert steps[1] == f"{30 * 4274:,}"
+    assert 30 < int(steps[2]) < 40
+    assert (tmp_path / "out/demo.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out/model/model.safetensors").exists()
+
+
+def test_the_output_is_short(tmp_path):
+    result = demo(tmp_path, "--epochs", "2")
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 13
+    assert "{" not in result.stdout
+    bars = re.split(r"[\r\n]+", result.stderr)
+    assert [line for line in bars if line.strip("\x1b[A ") and "%|" not in line] == []
+    for way in ("packed", "padded"):
+        assert any(line.startswith(f"{way}: 100%") for line in bars)
+
+
+def test_no_plot(tmp_path):
+    result = demo(tmp_path, "--epochs", "1", "--no-plot")
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "demo_output/demo.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "argument --epochs: expected a whole number from 1 on, found '0'"),
+        (["--epochs", "many"], "argument --epochs: expected a whole number from 1 on, found 'many'"),
+        (["--seed", "-1"], "argument --seed: expected a whole number from 0 on, found '-1'"),
+        (["--output-dir", "taken/out"], "--output-dir: cannot write to taken/out"),
+    ],
+)
+def test_wrong_values_are_named(tmp_path, arguments, message):
+    (tmp_path / "taken").touch()
+    result = demo(tmp_path, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_page_shows_what_is_printed():
+    page = (Path(__file__).parents[2] / "hf_packfix/docs/examples.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```text\n(accuracy on .*?)```", page, re.MULTILINE | re.DOTALL)
+    assert re.fullmatch("\n".join([*CLOSING, r"accuracy: (0\.\d+)", ""]), shown)

@@ -1,0 +1,59 @@
+"""``hf-packfix docs`` prints every page as it is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.interpreters import environment
+
+DOCS = Path(__file__).parents[2] / "hf_packfix/docs"
+PAGES = sorted(path.stem for path in DOCS.glob("*.md"))
+COMMAND = [sys.executable, "-m", "hf_packfix", "docs"]
+
+
+def docs(*arguments: str, encoding: str = "utf-8") -> subprocess.CompletedProcess[bytes]:
+    env = environment() | {"PYTHONIOENCODING": encoding}
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, env=env, timeout=240, check=False)
+
+
+def test_the_list_has_every_page_with_its_title():
+    result = docs()
+    assert (result.returncode, result.stderr) == (0, b"")
+    listed = [line.split(maxsplit=1) for line in result.stdout.decode().splitlines()[2:]]
+    titles = [(DOCS / f"{page}.md").read_text(encoding="utf-8").splitlines()[0] for page in PAGES]
+    assert listed == [[page, title.removeprefix("# ")] for page, title in zip(PAGES, titles, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["performance", "api.md"])
+def test_a_page_is_printed_as_it_is(name):
+    result = docs(name)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout.decode().splitlines() == (DOCS / name).with_suffix(".md").read_text("utf-8").splitlines()
+
+
+def test_an_unknown_page_names_those_that_exist():
+    result = docs("performence")
+    assert (result.returncode, result.stdout) == (2, b"")
+    expected = f"argument PAGE: expected one of: {', '.join(PAGES)}; found 'performence'"
+    assert result.stderr.decode().splitlines()[-1].endswith(expected)
+
+
+def test_a_terminal_that_lacks_some_characters():
+    result = docs("performance", encoding="ascii")
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert "sequences ? width" in result.stdout.decode("ascii")
+
+
+@pytest.mark.parametrize("arguments", [["api"], []], ids=["a page", "the list"])
+def test_a_reader_that_stops(arguments):
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+    )
+    assert process.stdout is not None
+    process.stdout.close()  # before the first line
+    _, stderr = process.communicate(timeout=240)
+    assert (process.returncode, stderr) == (0, b"")

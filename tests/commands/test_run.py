@@ -1,0 +1,315 @@
+"""``hf-packfix run`` beside Python itself: the same program, the same way, on every Python at hand.
+
+What hf_packfix depends on is a stand-in here, since the test is how a program runs; ``test_installed.py`` trains.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pty
+import re
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import packaging
+import pytest
+
+from tests.support.installed import ROOT, Environment, interpreters
+
+RUN = ["-m", "hf_packfix", "run"]
+
+#: What a program can see of how it was started; it is read late, from elsewhere, and in another thread.
+SHOWS = """
+import atexit, os, pickle, sys, threading
+class Mine: pass
+def late(when):
+    print(when, type(pickle.loads(pickle.dumps(Mine()))).__name__, sys.modules["__main__"].__dict__ is globals())
+print(sys.argv, sys.path)
+print(sorted(globals()), __name__, __package__, __spec__ and __spec__.name, __builtins__, __doc__)
+print(getattr(__loader__, "__name__", type(__loader__).__name__), globals().get("__cached__"))
+os.chdir("/")
+file = globals().get("__file__")
+print(file, file and os.path.exists(file), "hf_packfix" in sys.argv)
+print((lambda: __annotations__ if sys.version_info < (3, 14) else {})())
+atexit.register(late, "atexit")
+main = threading.main_thread()
+threading.Thread(target=lambda: (main.join(), late("thread"))).start()
+"""
+
+#: Ways to name a program, each with the words behind ``python`` and what stands on standard input.
+FORMS = {
+    "script": ["folder/program.py"],
+    "absolute": ["{folder}/folder/program.py"],
+    "after --": ["--", "folder/program.py"],
+    "link": ["link.py"],
+    "byte code": ["program.pyc"],
+    "folder": ["app"],
+    "zip": ["app.zip"],
+    "-m": ["-m", "package.program"],
+    "-mMODULE": ["-mpackage.program"],
+    "-m PACKAGE": ["-m", "app"],
+    "-c": ["-c", "{program}"],
+    "-cCODE": ["-c{program}"],
+    "-": ["-"],
+    "/dev/stdin": ["/dev/stdin"],
+}
+
+
+@pytest.fixture(scope="module", params=interpreters(), ids=str)
+def environment(request, tmp_path_factory):
+    """The package, and stand-ins for what it requires."""
+    environment = Environment(tmp_path_factory.mktemp("venv") / "venv", interpreters()[request.param])
+    install(environment.site)
+    for name in ("transformers", "accelerate"):
+        environment.write(f"{name}-99.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 99\n")
+    return environment
+
+
+def install(site):
+    shutil.copytree(ROOT / "hf_packfix", site / "hf_packfix", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(packaging.__file__).parent, site / "packaging")
+    (site / "wrapt.py").write_text("def register_post_import_hook(hook, name): pass\n")
+    (site / "importlib_metadata.py").write_text("from importlib.metadata import *\n")
+
+
+@pytest.fixture
+def folder(tmp_path, environment):
+    """Return a folder that takes a program in every form."""
+    for name in ("folder", "package", "app"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link.py").symlink_to("folder/program.py")
+    return tmp_path
+
+
+def write(folder, environment, program):
+    for name in ("folder/program.py", "package/program.py", "app/__main__.py"):
+        (folder / name).write_text(program)
+    with zipfile.ZipFile(folder / "app.zip", "w") as archive:
+        archive.writestr("__main__.py", program)
+    compile_it = "import py_compile; py_compile.compile('folder/program.py', 'program.pyc')"
+    environment.run("-c", compile_it, cwd=folder)
+
+
+def words_of(form, folder, program):
+    return [word.replace("{folder}", str(folder)).replace("{program}", program) for word in FORMS[form]]
+
+
+def both(environment, folder, program, words, *, flags=(), **options):
+    """Return what Python makes of a program, and what ``hf-packfix run`` does: output, errors, exit status."""
+    options = {"cwd": folder, "input": program} | options
+    plain = environment.run(*flags, *words, **options)
+    ours = environment.run(*flags, *RUN, *words, **options)
+    # Python shows the frames of runpy for `-m`, folders and zip files; addresses differ from run to run.
+    varies = re.compile(r'  File "[^"]*runpy(\.py|>)", line .*\n(    .*\n)*| at 0x[0-9a-f]+')
+    return [(result.stdout, varies.sub("", result.stderr), result.returncode) for result in (plain, ours)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_program_sees_what_it_sees_under_python(environment, folder, form):
+    write(folder, environment, SHOWS)
+    words = [*words_of(form, folder, SHOWS), "-m", "--help", "x"]
+    plain, ours = both(environment, folder, SHOWS, words)
+    assert (plain[1], plain[2]) == ("", 0)
+    assert "thread Mine True\natexit Mine True" in plain[0]
+    if form == "/dev/stdin":  # the folder of a pipe: `/dev` or `/proc/self/fd`, which holds no modules
+        plain, ours = ((re.sub(r"'/(dev|proc/self/fd)'", "", result[0]), *result[1:]) for result in (plain, ours))
+    assert ours == plain
+
+
+def test_process_substitution(environment, folder):
+    write(folder, environment, SHOWS)
+    found = []
+    for command in ([], RUN):
+        script = '"$0" "$@" <(cat folder/program.py) -x'
+        result = subprocess.run(
+            ["bash", "-c", script, str(environment.python), *command],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found.append((result.stdout, result.stderr))
+    assert found[0][0].startswith("['/dev/fd/")
+    assert found[1] == found[0]
+
+
+# `-m` does not find the program where Python does not look in the working directory.
+@pytest.mark.parametrize(
+    ("form", "flags"),
+    [
+        *itertools.product(["script", "folder", "-c"], [["-I"], ["-P"]]),
+        *itertools.product(["script", "-m"], [["-E"], ["-X", "dev"], ["-O"]]),
+    ],
+)
+def test_under_the_options_of_python(environment, folder, form, flags):
+    if flags == ["-P"] and "unknown option" in environment.run("-P", "-c", "").stderr.lower():
+        pytest.skip("this Python has no -P")
+    program = "import sys; print(sys.path, sys.flags, __debug__)"
+    write(folder, environment, program)
+    plain, ours = both(environment, folder, program, words_of(form, folder, program), flags=flags)
+    assert ours == plain
+    assert plain[1:] == ("", 0)
+
+
+#: Programs that end in every way.
+ENDS = {
+    "returns": "pass",
+    "exits": "import sys; sys.exit(7)",
+    "exits with a text": "import sys; sys.exit('enough')",
+    "exits without a status": "raise SystemExit",
+    "raises": "def f():\n    1 / 0\ntry:\n    f()\nexcept ZeroDivisionError as e:\n    raise KeyError('x') from e",
+    "raises in a thread": "import threading\nthreading.Thread(target=lambda: 1 / 0, name='t').start()",
+    "raises at exit": "import atexit\natexit.register(lambda: 1 / 0)",
+    "raises in an import": "import json.nowhere",
+    "raises what is no Exception": "class Stop(BaseException): pass\nraise Stop",
+    "a syntax error": "x = 1\ndef f(:\n    pass",
+    # The handler is set since a shell that starts the tests in the background has it ignored.
+    "interrupted": "import os, signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)",
+    "interrupted, with exit functions": "import atexit\natexit.register(print, 'bye')\nraise KeyboardInterrupt",
+    "an excepthook": "import sys, traceback\ndef hook(kind, error, tb):\n    traceback.print_tb(tb)\n"
+    "    print(kind, error.__traceback__ is tb, sys.last_traceback is tb)\nsys.excepthook = hook\nraise KeyError(3)",
+    "an excepthook that exits": "import sys\nsys.excepthook = lambda *error: sys.exit(5)\nraise KeyError(3)",
+    "the future is not ours": "def f(x: undefined): pass\nprint(f.__annotations__)",
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "end"),
+    [
+        *itertools.product(["script", "-m"], ENDS),
+        *itertools.product(["folder", "-c", "-"], ["raises", "a syntax error", "an excepthook", "interrupted"]),
+    ],
+)
+def test_a_program_ends_as_under_python(environment, folder, end, form):
+    program = ENDS[end]
+    write(folder, environment, program)
+    plain, ours = both(environment, folder, program, words_of(form, folder, program))
+    assert ours == plain
+
+
+@pytest.mark.parametrize("source", [b"x = 1\0", b"x = '\xff'", b"# coding: nowhere"])
+def test_a_file_that_python_cannot_read(environment, folder, source):
+    (folder / "program.py").write_bytes(source)
+    result = environment.run(*RUN, "program.py", cwd=folder)
+    assert result.returncode == 1
+    assert "SyntaxError: " in result.stderr or "ValueError: " in result.stderr  # Python itself differs by version
+    assert "Traceback" not in result.stderr
+
+
+def test_byte_code_of_another_python(environment, folder):
+    (folder / "program.pyc").write_bytes(bytes(64))
+    plain, ours = both(environment, folder, "", ["program.pyc"])
+    assert ours == plain
+
+
+def test_a_package_that_fails(environment, folder):
+    (folder / "package/__init__.py").write_text("import no_such_module")
+    plain, ours = both(environment, folder, "", ["-m", "package.program"])
+    assert ours == plain
+    assert "No module named 'no_such_module'" in ours[1]
+
+
+def test_an_interactive_session(environment, folder):
+    for command in ([], RUN):
+        controller, terminal = pty.openpty()
+        os.write(controller, b"class Mine: pass\n\nprint(Mine, 6 * 7)\nraise SystemExit(3)\n")
+        result = environment.run(*command, "-", stdin=terminal, env={"TERM": "dumb"})
+        os.close(controller)
+        os.close(terminal)
+        assert "<class '__main__.Mine'> 42" in result.stdout
+        assert result.returncode == 3, result.stderr
+
+
+def test_after_the_program_its_names_are_there(environment, folder):
+    """``python -i`` goes on where the program has ended."""
+    write(folder, environment, "mine = 6 * 7")
+    result = environment.run("-i", *RUN, "folder/program.py", cwd=folder, input="print(__name__, mine)\n")
+    assert "__main__ 42" in result.stdout
+
+
+# --- with the plugin on ---------------------------------------------------------------------------------
+
+ON = "import hf_packfix, os, sys; print(hf_packfix.status().reason, os.environ['HF_PACKFIX'], 'torch' in sys.modules)"
+
+
+@pytest.mark.parametrize(("variable", "value"), [(None, "1"), ("0", "1"), ("maybe", "1"), ("force", "force")])
+def test_the_plugin_is_on(environment, variable, value):
+    result = environment.run(*RUN, "-c", ON, variable=variable)
+    assert result.stdout == f"activated by hf-packfix run {value} False\n", result.stderr
+
+
+def test_without_start_up_files(environment, folder):
+    result = environment.run("-S", *RUN, "-c", ON, env={"PYTHONPATH": str(environment.site)})
+    assert (result.stdout, result.stderr) == ("activated by hf-packfix run 1 False\n", "")
+
+
+def test_from_a_zip_application(environment, folder):
+    (folder / "build").mkdir()
+    install(folder / "build")
+    (folder / "build/__main__.py").write_text("import sys; from hf_packfix.commands.cli import main; sys.exit(main())")
+    (folder / "build/beside.py").write_text("")
+    for name in ("transformers", "accelerate"):
+        shutil.copytree(environment.site / f"{name}-99.dist-info", folder / f"build/{name}-99.dist-info")
+    shutil.make_archive(str(folder / "hf"), "zip", folder / "build")
+    (folder / "folder/program.py").write_text(f"import beside, mine\n{ON}\nprint(beside.__file__)")
+    (folder / "folder/mine.py").touch()
+    command = ["-S", "hf.zip", "run", "folder/program.py"]
+    result = environment.run(*command, cwd=folder)
+    assert result.stdout == f"activated by hf-packfix run 1 False\n{folder}/hf.zip/beside.py\n", result.stderr
+    raises = environment.run("-S", "hf.zip", "run", "-c", "1 / 0", cwd=folder)
+    assert raises.stderr == environment.run("-c", "1 / 0").stderr
+
+
+# --- usage ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: SCRIPT"),
+        (["-m"], "argument -m: expected one argument"),
+        (["-c"], "argument -c: expected one argument"),
+        (["--epochs", "x.py"], "unrecognized arguments: --epochs; options of Python stand before: python --epochs -m"),
+        (["nowhere.py"], "cannot open 'nowhere.py': No such file or directory\n"),
+        (["no.where"], "cannot open 'no.where': No such file or directory; for a module, use: hf-packfix run -m no.w"),
+        (["-m", "no.where"], "No module named 'no'"),
+        (["-mnowhere"], "No module named nowhere"),
+        (["-m", "json"], "'json' is a package and cannot be directly executed"),
+        (["empty"], "can't find '__main__' module in '{folder}/empty'"),
+    ],
+)
+def test_wrong_usage(environment, folder, words, message):
+    (folder / "empty").mkdir()
+    result = environment.run(*RUN, *words, cwd=folder)
+    assert (result.returncode, result.stdout) == (2, "")
+    usage, _, error = result.stderr.rpartition("hf-packfix run: error: ")
+    assert usage.startswith("usage: hf-packfix run SCRIPT [ARGS...]\n")
+    assert error.count("\n") == 1
+    assert message.replace("{folder}", str(folder)) in error
+
+
+def test_an_unsupported_version_is_named(environment, folder):
+    old = environment.site / "transformers-99.dist-info/METADATA"
+    text = old.read_text()
+    try:
+        old.write_text(text.replace("99", "4.30.2"))
+        result = environment.run(*RUN, "-c", ON)
+        assert result.returncode == 2
+        assert result.stderr.splitlines()[-1].startswith(
+            "hf-packfix run: error: hf_packfix needs transformers >= 4.46"
+        )
+    finally:
+        old.write_text(text)
+
+
+def test_help(environment):
+    result = environment.run(*RUN, "--help")
+    assert result.returncode == 0
+    assert "even if HF_PACKFIX=0 is set" in " ".join(result.stdout.split())
+    assert "  -m MODULE" in result.stdout
+    assert "run a script, a module or code" in environment.run("-m", "hf_packfix", "--help").stdout
+    assert environment.run("-m", "hf_packfix", "-V").stdout.startswith("hf-packfix ")

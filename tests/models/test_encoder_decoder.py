@@ -1,0 +1,341 @@
+"""The recurrent encoder-decoder: training in every layout, generation, and a task it must learn."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import PackedSequence
+from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+from hf_packfix import DataCollatorForPackedSequence
+from hf_packfix.models import RecurrentEncoderDecoder, RecurrentEncoderDecoderConfig
+from tests.support.layouts import LAYOUTS, arrange, run, sequences_of
+from tests.support.oracle import assert_same_run, new_trainer, packed_batch, stock, train
+
+PAD, BOS, EOS, V, H = 0, 1, 2, 13, 6
+CELLS = ["rnn", "lstm", "gru"]
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def build(cell="gru", layers=1, **changes):
+    torch.manual_seed(0)
+    fields = {
+        "vocab_size": V,
+        "hidden_size": H,
+        "embedding_size": 5,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+    }
+    fields |= {"eos_token_id": EOS, "num_hidden_layers": layers, **changes}
+    return RecurrentEncoderDecoder(RecurrentEncoderDecoderConfig(cell, **fields))
+
+
+def tokens(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, V, (n,), generator=generator) for n in lengths]
+
+
+def decode(model, source, target):
+    """Return the logits ``[T, V]`` at every step of one target, computed cell by cell."""
+    _, finals = run(model.encoder.rnn, model.encoder.embeddings.weight[source])
+    last = finals[-2:].flatten() if model.config.bidirectional else finals[-1]
+    states = torch.tanh(model.bridge.weight @ last + model.bridge.bias).reshape(-1, H)
+    layers = model.config.num_hidden_layers
+    start = (states[:layers], states[layers:]) if model.config.cell_type == "lstm" else (states, None)
+    return run(model.decoder.rnn, model.decoder.embeddings.weight[target], start)[0] @ model.lm_head.weight.T
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("items", [None, 31])
+def test_loss_and_logits_equal_a_loop_over_steps(cell, layers, bidirectional, layout, items):
+    model = build(cell, layers, bidirectional=bidirectional)
+    sources, targets = tokens((3, 7, 1, 5)), tokens((4, 2, 6, 1), seed=1)
+    targets[2][3] = -100
+    inputs, mask = arrange(layout, sources)
+    labels, real = arrange("packed" if layout == "packed" else "right", targets, fill=-100)
+    output = model(inputs, mask, labels=labels, num_items_in_batch=items)
+    output.loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    logits = []
+    for source, target in zip(sources, targets, strict=True):
+        read = torch.cat([torch.tensor([BOS]), target[:-1]])
+        logits.append(decode(model, source, read.where(read != -100, PAD)))
+    loss = cross_entropy(torch.cat(logits), torch.cat(targets), reduction="mean" if items is None else "sum")
+    loss = loss if items is None else loss / items
+    loss.backward()
+    torch.testing.assert_close(output.loss, loss, **CLOSE)
+    for mine, expected in zip(sequences_of(output.logits, real), logits, strict=True):
+        torch.testing.assert_close(mine, expected, **CLOSE)
+    assert found.keys() == {name for name, p in model.named_parameters() if p.grad is not None}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, **CLOSE)
+
+
+def sharp(cell):
+    model = build(cell, layers=2).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight *= 1 if "bridge" in name or "embeddings" in name else 4
+    return model
+
+
+@torch.no_grad()
+def greedy(model, source, count):
+    target = [BOS]
+    while len(target) <= count and EOS not in target:
+        target.append(int(decode(model, source, torch.tensor(target))[-1].argmax()))
+    return target
+
+
+def until_end(row):
+    row = row.tolist()
+    return row[: row.index(EOS) + 1] if EOS in row else row
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_generation_equals_a_loop_that_recomputes(cell, layout, use_cache):
+    model, sources = sharp(cell), tokens((3, 7, 1, 5))
+    inputs, mask = arrange(layout, sources)
+    output = model.generate(
+        input_ids=inputs, attention_mask=mask, max_new_tokens=9, do_sample=False, use_cache=use_cache
+    )
+    expected = [greedy(model, source, 9) for source in sources]
+    assert list(map(until_end, output)) == expected
+    assert len({tuple(row) for row in expected}) > 1
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_beam_search_with_and_without_the_cache(cell):
+    model, (inputs, mask) = sharp(cell), arrange("left", tokens((3, 7, 1, 5)))
+    options = {"attention_mask": mask, "max_new_tokens": 9, "num_beams": 3, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_scores": True, "num_return_sequences": 2}
+    found = model.generate(inputs, **options)
+    expected = model.generate(inputs, use_cache=False, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    # Each row's score is what the loop gives its tokens: the beams kept their own states.
+    for place, (row, score) in enumerate(zip(found.sequences, found.sequences_scores, strict=True)):
+        source, new = inputs[place // 2][mask[place // 2].bool()], until_end(row)
+        steps = decode(model, source, torch.tensor(new[:-1])).log_softmax(-1)
+        mean = steps.gather(1, torch.tensor(new[1:])[:, None]).mean()
+        torch.testing.assert_close(score, mean.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_beams_and_samples_do_not_depend_on_the_padding_of_the_source(layout, sampled):
+    model, found = sharp("lstm"), []
+    options = {"do_sample": True, "num_return_sequences": 2} if sampled else {"do_sample": False, "num_beams": 3}
+    for place in ("left", layout):
+        inputs, mask = arrange(place, tokens((3, 7, 1, 5)))
+        torch.manual_seed(5)
+        found.append(model.generate(input_ids=inputs, attention_mask=mask, max_new_tokens=9, **options))
+    assert torch.equal(*found)
+
+
+def test_a_target_that_ends_with_padding_is_not_continued():
+    model, (inputs, mask) = sharp("gru"), arrange("right", tokens((3, 7)))
+    target, real = arrange("right", [torch.tensor([BOS, 5]), torch.tensor([BOS, 5, 6, 7])])
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    with pytest.raises(ValueError, match="decoder_attention_mask ends with padding in row 0"):
+        model.generate(inputs, decoder_input_ids=target[:, :4], decoder_attention_mask=real[:, :4], **options)
+
+
+def test_encoder_outputs_stand_in_for_the_source():
+    model, (inputs, mask) = sharp("gru"), arrange("right", tokens((3, 7)))
+    encoded = model.get_encoder()(inputs, mask, return_dict=True)
+    labels = torch.full((2, 3), 5)
+    expected = model(inputs, mask, labels=labels)
+    assert torch.equal(model(encoder_outputs=encoded, labels=labels).loss, expected.loss)
+    read = torch.tensor([[BOS, 5, 5]] * 2)
+    assert torch.equal(model(inputs, mask, decoder_input_ids=read).logits, expected.logits)
+    generated = model.generate(input_ids=inputs, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    encoded = model.get_encoder()(inputs, mask, return_dict=True)
+    again = model.generate(encoder_outputs=encoded, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    assert torch.equal(again, generated)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_save_and_load(tmp_path, cell):
+    model = build(cell, layers=2, dropout=0.1, decoder_start_token_id=PAD).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    assert type(loaded) is RecurrentEncoderDecoder
+    assert loaded.config.decoder_start_token_id == loaded.generation_config.decoder_start_token_id == PAD
+    ids, _ = arrange("packed", tokens((3, 5)))
+    # To the last bit the weights are the same, but not what kernels make of them: that depends on where they lie.
+    assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
+    torch.testing.assert_close(loaded(ids, labels=ids).logits.data, model(ids, labels=ids).logits.data)
+
+
+def test_resizing_resizes_both_sides():
+    model = build().eval()
+    ids = torch.stack(tokens((4, 4)))
+    before = model(ids, labels=ids).logits
+    model.resize_token_embeddings(V + 2, mean_resizing=False)
+    torch.testing.assert_close(model(ids, labels=ids).logits[..., :V], before, **CLOSE)
+    new = torch.full((1, 2), V + 1)
+    assert model(new, labels=new).logits.shape == (1, 2, V + 2)
+    sizes = {model.config.vocab_size, model.encoder.config.vocab_size, model.decoder.config.vocab_size}
+    assert sizes == {V + 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"pad_token_id": None}, "pad_token_id is missing"),
+        ({"decoder_start_token_id": 13}, "decoder_start_token_id must be .* below vocab_size=13, found 13"),
+        ({"cell_type": "cnn"}, "cell_type must be one of 'rnn', 'lstm', 'gru', found 'cnn'"),
+        ({"hidden_size": 0}, "hidden_size must be an integer of at least 1, found 0"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings must be False"),
+        ({"is_encoder_decoder": False}, "is_encoder_decoder must be True"),
+    ],
+)
+def test_impossible_configurations(fields, message):
+    with pytest.raises(ValueError, match=message):
+        RecurrentEncoderDecoderConfig(**{"vocab_size": 13, "pad_token_id": 0, **fields})
+
+
+def test_neither_target_nor_labels():
+    with pytest.raises(ValueError, match="expected decoder_input_ids or labels, found neither"):
+        build()(torch.stack(tokens((3, 3))))
+
+
+# --- in the Trainer -------------------------------------------------------------------------------------
+
+
+def padded_pair(features):
+    inputs, mask = arrange("left", [row["input_ids"] for row in features])
+    labels, _ = arrange("right", [row["labels"] for row in features], fill=-100)
+    return {"input_ids": inputs, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_packed_training_equals_padded_training(tmp_path, accumulation):
+    pairs = zip(tokens((3, 7, 1, 5, 2, 9, 4, 4)), tokens((2, 1, 8, 3, 3, 6, 1, 5), seed=1), strict=True)
+    data = [{"input_ids": source, "labels": target} for source, target in pairs]
+    options = {"gradient_accumulation_steps": accumulation}
+    packed = train(tmp_path, build(), data, packed_batch, **options)
+    with stock():
+        padded = train(tmp_path, build(), data, padded_pair, **options)
+    assert_same_run(packed, padded)
+
+
+def pairs():
+    sources, targets = tokens((3, 7, 1, 5, 2, 9)), tokens((4, 2, 6, 1, 3, 8), seed=1)
+    targets[2][3] = -100
+    return [{"input_ids": source, "labels": target} for source, target in zip(sources, targets, strict=True)]
+
+
+def of_the_collator(model):
+    """Return a collator that adds ``decoder_input_ids``, as ``DataCollatorForSeq2Seq`` does."""
+
+    def collate(features):
+        batch = padded_pair(features)
+        return {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])}
+
+    return collate
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded", "collator"])
+@pytest.mark.parametrize("generates", [False, True])
+def test_label_smoothing_equals_a_loop_over_steps(tmp_path, layout, generates):
+    model, data, epsilon = build(), pairs(), 0.2
+    collate = {"packed": packed_batch, "padded": padded_pair, "collator": of_the_collator(model)}[layout]
+    changes = {"label_smoothing_factor": epsilon, "predict_with_generate": generates, "generation_max_length": 9}
+    changes |= {"max_steps": 1, "per_device_train_batch_size": 6, "per_device_eval_batch_size": 6}
+    # With metrics: without, nothing is generated.
+    changes |= {"trainer": Seq2SeqTrainer, "options": {"compute_metrics": lambda _: {}}}
+    trainer = new_trainer(tmp_path, model, data, collate, **changes)
+    evaluated = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    model = build()
+    logits, targets = [], torch.cat([row["labels"] for row in data])
+    for row in data:
+        read = torch.cat([torch.tensor([BOS]), row["labels"][:-1]])
+        logits.append(decode(model, row["input_ids"], read.where(read != -100, PAD)))
+    scores, targets = -torch.cat(logits).log_softmax(-1)[targets != -100], targets[targets != -100]
+    nll = scores[torch.arange(len(targets)), targets]
+    expected = ((1 - epsilon) * nll + epsilon * scores.mean(-1)).mean()
+    expected.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    (step,) = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert step["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert float(step["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
+    assert evaluated == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("collate", [packed_batch, padded_pair])
+def test_a_loss_function_of_the_user(tmp_path, collate):
+    def loss(outputs, labels, num_items_in_batch=None):
+        logits, targets = (x.data if isinstance(x, PackedSequence) else x for x in (outputs.logits, labels))
+        return cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+    changes = {"max_steps": 1, "per_device_train_batch_size": 6}
+    found = train(tmp_path, build(), pairs(), collate, options={"compute_loss_func": loss}, **changes)
+    expected = train(tmp_path, build(), pairs(), collate, **changes)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+
+
+def test_without_the_plugin_smoothing_says_what_to_do(tmp_path):
+    trainer = new_trainer(tmp_path, build(), pairs(), padded_pair, label_smoothing_factor=0.1)
+    with stock(), pytest.raises(ValueError, match=r"turn hf_packfix on, or add decoder_input_ids=model\.prepare_"):
+        trainer.train()
+
+
+def test_predict_with_generate(tmp_path):
+    pairs = zip(tokens((3, 7, 1, 5)), tokens((2, 1, 8, 3), seed=1), strict=True)
+    data = [{"input_ids": source, "labels": target} for source, target in pairs]
+    model = sharp("gru")
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path), predict_with_generate=True, generation_max_length=9, report_to=[], use_cpu=True
+    )
+    trainer = Seq2SeqTrainer(model, arguments, eval_dataset=data, data_collator=padded_pair)
+    found = trainer.predict(data).predictions
+    expected = [greedy(model, row["input_ids"], 8) for row in data]
+    for row, target in zip(found.tolist(), expected, strict=True):
+        assert row == target + [PAD] * (len(row) - len(target))
+
+
+def reversal(string):
+    """Return digits as ids, and the same backwards with an end; ids 0 to 2 are special."""
+    ids = [int(digit) + 3 for digit in string]
+    return {"input_ids": ids, "labels": [*ids[::-1], EOS]}
+
+
+@pytest.mark.slow
+def test_learns_to_reverse_digit_strings(tmp_path):
+    generator = random.Random(0)
+    drawn = {"".join(generator.choices("0123456789", k=generator.randint(3, 10))) for _ in range(100_000)}
+    strings = sorted(drawn)
+    generator.shuffle(strings)
+    held_out, data = strings[:500], [reversal(string) for string in strings[500:]]
+    model = build(hidden_size=128, embedding_size=32, bidirectional=False)
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=128,
+        num_train_epochs=4,
+        learning_rate=6e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    collate = DataCollatorForPackedSequence()
+    Seq2SeqTrainer(model, arguments, train_dataset=data, data_collator=collate).train()
+    sources, mask = arrange("left", [torch.tensor(reversal(string)["input_ids"]) for string in held_out])
+    output = model.eval().generate(sources, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    right = [until_end(row)[1:] == reversal(string)["labels"] for row, string in zip(output, held_out, strict=True)]
+    assert {len(string) for string in held_out} == set(range(3, 11))
+    assert sum(right) / len(right) >= 0.98

@@ -1,0 +1,377 @@
+"""``generate()`` with the recurrent state carried along equals a loop that recomputes everything."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import transformers
+from torch.nn.utils.rnn import pack_sequence
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from hf_packfix.models import RecurrentCache, RecurrentConfig, RecurrentForCausalLM, RecurrentModelOutput
+from hf_packfix.models.upstream import CACHE_NAME, CACHE_NAMES
+from tests.support.layouts import arrange, run
+
+PAD, EOS, V = 0, 10, 17
+CELLS = ["rnn", "lstm", "gru"]
+
+
+def build(cell="gru", layers=2, sharpness=8.0):
+    torch.manual_seed(0)
+    config = RecurrentConfig(
+        cell, vocab_size=V, hidden_size=12, num_hidden_layers=layers, pad_token_id=PAD, eos_token_id=EOS
+    )
+    model = RecurrentForCausalLM(config).eval()
+    # Far from uniform and from a fixed point, so that paths differ from prompt to prompt and in length.
+    with torch.no_grad():
+        model.lm_head.weight *= sharpness
+        for weight in model.recurrent.rnn.parameters():
+            weight *= 4
+    return model
+
+
+def prompts(lengths=(4, 9, 1, 6, 2)):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(2, V, (n,), generator=generator) for n in lengths]
+
+
+@torch.no_grad()
+def next_scores(model, ids):
+    """Return the log-probabilities ``[V]`` of the next token, reading all ids step by step."""
+    steps, _ = run(model.recurrent.rnn, model.recurrent.embeddings.weight[ids])
+    return (steps[-1] @ model.lm_head.weight.T).log_softmax(-1)
+
+
+def greedy(model, ids, count):
+    """Return the tokens that follow, padded to ``count``."""
+    new = []
+    while len(new) < count and EOS not in new:
+        new.append(int(next_scores(model, torch.cat([ids, torch.tensor(new, dtype=ids.dtype)])).argmax()))
+    return new
+
+
+def beams(model, ids, count, width):
+    """Return the best of ``width`` beams, by the mean log-probability of its tokens."""
+    running, finished = [([], 0.0)], []
+    for _ in range(count):
+        grown = []
+        for new, score in running:
+            scores = next_scores(model, torch.cat([ids, torch.tensor(new, dtype=ids.dtype)]))
+            grown += [([*new, token], score + float(scores[token])) for token in range(V)]
+        grown.sort(key=lambda beam: -beam[1])
+        finished += [beam for beam in grown[:width] if beam[0][-1] == EOS]
+        running = [beam for beam in grown if beam[0][-1] != EOS][:width]
+    return max(finished + running, key=lambda beam: beam[1] / len(beam[0]))[0]
+
+
+def new_tokens(output, width):
+    """Return what was generated behind prompts of this width, up to and with the end."""
+    rows = [row[width:].tolist() for row in output]
+    return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_in_a_left_padded_batch(cell, layers, use_cache):
+    model, ids = build(cell, layers), prompts()
+    inputs, mask = arrange("left", ids, fill=PAD)
+    output = model.generate(
+        input_ids=inputs, attention_mask=mask, max_new_tokens=12, do_sample=False, use_cache=use_cache
+    )
+    expected = [greedy(model, row, 12) for row in ids]
+    assert new_tokens(output, inputs.shape[1]) == expected
+    assert len({tuple(row) for row in expected}) > 1
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_some_prompts_end_before_others(cell):
+    # Without this, the test above would say nothing about rows that are done.
+    assert len({len(greedy(build(cell), row, 12)) for row in prompts()}) > 1
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_beam_search(cell, use_cache):
+    model, ids = build(cell, sharpness=3.0), prompts()
+    inputs, mask = arrange("left", ids, fill=PAD)
+    output = model.generate(
+        input_ids=inputs,
+        attention_mask=mask,
+        max_new_tokens=6,
+        num_beams=3,
+        do_sample=False,
+        early_stopping="never",
+        use_cache=use_cache,
+    )
+    expected = [beams(model, row, 6, width=3) for row in ids]
+    assert new_tokens(output, inputs.shape[1]) == expected
+    assert expected != [greedy(model, row, 6) for row in ids]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_sampling_draws_from_the_probabilities_of_the_loop(cell):
+    model, ids = build(cell, sharpness=2.0), prompts()
+    inputs, mask = arrange("left", ids, fill=PAD)
+    torch.manual_seed(5)
+    output = model.generate(
+        input_ids=inputs,
+        attention_mask=mask,
+        max_new_tokens=8,
+        do_sample=True,
+        top_k=0,
+        num_return_sequences=3,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    assert len(output.sequences) == 15
+    drawn = new_tokens(output.sequences, inputs.shape[1])
+    assert len({tuple(row) for row in drawn}) > 5
+    for place, new in enumerate(drawn):
+        row = ids[place // 3]
+        for step, token in enumerate(new):
+            found = output.logits[step][place].log_softmax(-1)
+            expected = next_scores(model, torch.cat([row, torch.tensor(new[:step], dtype=row.dtype)]))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            assert expected[token] > -20
+
+
+def test_sampling_with_and_without_the_cache_draws_the_same():
+    model, (inputs, mask) = build(sharpness=2.0), arrange("left", prompts(), fill=PAD)
+    drawn = []
+    for use_cache in (True, False):
+        torch.manual_seed(5)
+        drawn.append(
+            model.generate(
+                input_ids=inputs, attention_mask=mask, max_new_tokens=8, do_sample=True, use_cache=use_cache
+            )
+        )
+    assert torch.equal(*drawn)
+
+
+PADDED = ["right", "holes"]
+
+
+def prompts_kept(output, inputs):
+    """Return whether rows begin with the prompts as given, each as often as it was continued."""
+    return torch.equal(output[:, : inputs.shape[1]], inputs.repeat_interleave(len(output) // len(inputs), dim=0))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("layout", PADDED)
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_greedy_wherever_the_padding_stands(cell, layout, use_cache, masked):
+    model, ids = build(cell), prompts()
+    inputs, mask = arrange(layout, ids, fill=PAD)
+    # Without a mask, the token of padding tells where it is.
+    given = {"attention_mask": mask} if masked else {}
+    before = inputs.clone()
+    output = model.generate(inputs, max_new_tokens=12, do_sample=False, use_cache=use_cache, **given)
+    assert new_tokens(output, inputs.shape[1]) == [greedy(model, row, 12) for row in ids]
+    assert prompts_kept(output, before)
+    assert torch.equal(inputs, before)
+
+
+@pytest.mark.parametrize("layout", PADDED)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_beam_search_wherever_the_padding_stands(layout, use_cache):
+    model, ids = build(sharpness=3.0), prompts()
+    inputs, mask = arrange(layout, ids, fill=PAD)
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "early_stopping": "never"}
+    output = model.generate(inputs, attention_mask=mask, use_cache=use_cache, num_return_sequences=2, **options)
+    assert new_tokens(output[::2], inputs.shape[1]) == [beams(model, row, 6, width=3) for row in ids]
+    assert prompts_kept(output, inputs)
+
+
+@pytest.mark.parametrize("layout", PADDED)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_sampling_wherever_the_padding_stands(layout, use_cache):
+    model, ids, drawn = build(sharpness=2.0), prompts(), []
+    for place in ("left", layout):
+        inputs, mask = arrange(place, ids, fill=PAD)
+        torch.manual_seed(5)
+        output = model.generate(
+            inputs,
+            attention_mask=mask,
+            max_new_tokens=8,
+            do_sample=True,
+            num_return_sequences=3,
+            use_cache=use_cache,
+            return_dict_in_generate=True,
+        )
+        assert prompts_kept(output.sequences, inputs)
+        drawn.append(output.sequences[:, inputs.shape[1] :])
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("layout", PADDED)
+def test_what_may_not_be_repeated_does_not_depend_on_the_padding(layout):
+    model, ids = build(), [torch.tensor([3, 4, 5, 3]), torch.tensor([6, 7, 6, 7, 8, 6]), torch.tensor([9, 9])]
+    inputs, mask = arrange(layout, ids, fill=PAD)
+    options = {"max_new_tokens": 8, "do_sample": False, "no_repeat_ngram_size": 2}
+    output = model.generate(inputs, attention_mask=mask, **options)
+    alone = [model.generate(row[None], attention_mask=torch.ones_like(row)[None], **options)[0] for row in ids]
+    expected = [new_tokens(row[None], len(ids[place]))[0] for place, row in enumerate(alone)]
+    assert new_tokens(output, inputs.shape[1]) == expected
+    del options["no_repeat_ngram_size"]
+    assert new_tokens(model.generate(inputs, attention_mask=mask, **options), inputs.shape[1]) != expected
+
+
+def test_continuing_from_a_state_with_padded_prompts():
+    model, ids = build(sharpness=2.0), prompts((4, 9, 6, 2))
+    model.generation_config.eos_token_id = None
+    rest = prompts((3, 1, 2, 5))
+    (first, seen), (second, unseen) = arrange("holes", ids, fill=PAD), arrange("right", rest, fill=PAD)
+    state = model(first, attention_mask=seen, use_cache=True)[CACHE_NAME]
+    output = model.generate(
+        torch.cat([first, second], dim=1),
+        attention_mask=torch.cat([seen, unseen], dim=1),
+        max_new_tokens=5,
+        do_sample=False,
+        **{CACHE_NAME: state},
+    )
+    whole = [torch.cat(pair) for pair in zip(ids, rest, strict=True)]
+    alone = [model.generate(row[None], max_new_tokens=5, do_sample=False)[0, len(row) :] for row in whole]
+    assert torch.equal(output[:, -5:], torch.stack(alone))
+    assert torch.equal(output[:, :-5], torch.cat([first, second], dim=1))
+
+
+def test_a_packed_prompt():
+    model, ids = build(), prompts()
+    for call in (
+        lambda packed: model.generate(packed, max_new_tokens=12, do_sample=False),
+        lambda packed: model.generate(input_ids=packed, max_new_tokens=12, do_sample=False),
+    ):
+        output = call(pack_sequence(ids, enforce_sorted=False))
+        assert new_tokens(output, max(map(len, ids))) == [greedy(model, row, 12) for row in ids]
+
+
+def test_every_step_reads_one_token(monkeypatch):
+    model, (inputs, mask) = build(), arrange("left", prompts(), fill=PAD)
+    seen = []
+    forward = model.recurrent.forward
+    monkeypatch.setattr(
+        model.recurrent,
+        "forward",
+        lambda ids, *args, **kwargs: seen.append(ids.shape[1]) or forward(ids, *args, **kwargs),
+    )
+    model.generate(input_ids=inputs, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert seen == [inputs.shape[1], 1, 1, 1, 1]
+
+
+def test_generation_continues_from_a_returned_cache():
+    model = build(sharpness=2.0)
+    model.generation_config.eos_token_id = None
+    ids = torch.stack(prompts((5, 5)))
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, return_dict_in_generate=True, pad_token_id=PAD)
+    mask = torch.ones_like(ids)
+    first = model.generate(ids, attention_mask=mask, generation_config=config)
+    again = model.generate(
+        first.sequences,
+        attention_mask=torch.ones_like(first.sequences),
+        generation_config=config,
+        past_key_values=first.past_key_values,
+    )
+    config.max_new_tokens = 6
+    at_once = model.generate(ids, attention_mask=mask, generation_config=config)
+    assert torch.equal(again.sequences, at_once.sequences)
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_the_state_is_accepted_under_every_name(name):
+    model = build(sharpness=2.0)
+    model.generation_config.eos_token_id = None
+    ids = torch.stack(prompts((5, 5)))
+    begun = model(ids[:, :4])
+    rest = model(ids[:, 4:], **{name: begun[CACHE_NAME]})
+    torch.testing.assert_close(rest.logits, model(ids).logits[:, 4:])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
+    found = model.generate(ids, **{name: begun[CACHE_NAME]}, **options)
+    assert torch.equal(found, model.generate(ids, **options))
+
+
+def test_two_states_are_refused():
+    model, ids = build(), torch.stack(prompts((5, 5)))
+    state = model(ids)[CACHE_NAME]
+    with pytest.raises(ValueError, match=r"found (cache|past_key_values) and "):
+        model(ids, cache=state, past_key_values=state)
+
+
+def test_no_deprecation_of_upstream_is_met(caplog, recwarn):
+    logger = transformers.utils.logging.get_logger("transformers")
+    logger.warning_once.__func__.cache_clear()
+    model, ids = build(), torch.stack(prompts((5, 5)))
+    logger.addHandler(caplog.handler)
+    try:
+        model(ids, labels=ids).loss.backward()
+        model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=2, max_new_tokens=3, do_sample=False)
+    finally:
+        logger.removeHandler(caplog.handler)
+    deprecations = [record.getMessage() for record in caplog.records if "deprecat" in record.getMessage()]
+    assert deprecations == []
+    assert [str(w.message) for w in recwarn if issubclass(w.category, (DeprecationWarning, FutureWarning))] == []
+
+
+def test_no_field_has_a_name_that_upstream_reserves():
+    ours = {field.name for field in dataclasses.fields(RecurrentModelOutput)}
+    assert ours.isdisjoint({*CACHE_NAMES, "cache_params", CACHE_NAME})
+
+
+def test_several_sequences_for_each_prompt():
+    model, (inputs, mask) = build(), arrange("left", prompts(), fill=PAD)
+    options = {"attention_mask": mask, "max_new_tokens": 4, "min_new_tokens": 4}
+    beams = model.generate(inputs, num_beams=3, num_return_sequences=2, do_sample=False, **options)
+    best = model.generate(inputs, num_beams=3, do_sample=False, **options)
+    assert torch.equal(beams[::2], best)
+    sampled = model.generate(inputs, do_sample=True, num_return_sequences=3, **options)
+    assert torch.equal(sampled[:, : inputs.shape[1]], inputs.repeat_interleave(3, dim=0))
+
+
+def test_a_streamer_gets_every_token():
+    class Streamer(BaseStreamer):
+        def __init__(self):
+            self.got, self.ended = [], False
+
+        def put(self, value):
+            self.got += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    model, streamer = build(), Streamer()
+    ids = prompts((5,))[0][None]
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), streamer=streamer, max_new_tokens=4, do_sample=False
+    )
+    assert (streamer.got, streamer.ended) == (found.flatten().tolist(), True)
+
+
+def test_assisted_generation_is_refused():
+    model = build()
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(torch.ones(1, 3).long() * 5, assistant_model=build(), max_new_tokens=3)
+
+
+def test_keeping_few_logits():
+    model = build()
+    ids = torch.stack(prompts((5, 5)))
+    assert torch.equal(model(ids, logits_to_keep=2).logits, model(ids).logits[:, -2:])
+    for kwargs in ({"input_ids": ids, "labels": ids}, {"input_ids": pack_sequence(list(ids))}):
+        with pytest.raises(ValueError, match="logits_to_keep serves generation"):
+            model(**kwargs, logits_to_keep=1)
+
+
+def test_the_cache_selects_and_repeats_rows():
+    state = torch.arange(12.0).reshape(2, 3, 2)
+    cache = RecurrentCache.from_state((state, -state), seen_steps=4)
+    cache.batch_repeat_interleave(2)
+    assert torch.equal(cache.hidden_state, state[:, [0, 0, 1, 1, 2, 2]])
+    cache.batch_select_indices(torch.tensor([5, 0]))
+    cache.reorder_cache(torch.tensor([1, 1, 0]))
+    assert torch.equal(cache.hidden_state, state[:, [0, 0, 2]])
+    assert torch.equal(cache.cell_state, -state[:, [0, 0, 2]])
+    assert cache.get_seq_length() == 4

@@ -1,0 +1,730 @@
+"""The recurrent models: one meaning in every layout, and what transformers expects of a model."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils.data import SequentialSampler
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Seq2SeqTrainer,
+    Trainer,
+)
+
+import hf_packfix.models
+from hf_packfix.models import (
+    RecurrentConfig,
+    RecurrentForCausalLM,
+    RecurrentForSequenceClassification,
+    RecurrentForTokenClassification,
+    RecurrentModel,
+)
+from tests.support.layouts import LAYOUTS, arrange, run, sequences_of
+from tests.support.oracle import (
+    arguments,
+    assert_same_run,
+    new_trainer,
+    packed_batch,
+    padded_batch,
+    rows,
+    stock,
+    train,
+)
+
+V, H, C = 13, 6, 3
+CELLS = ["rnn", "lstm", "gru"]
+SHAPES = [(1, False), (2, False), (1, True), (2, True)]
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def build(kind, cell="gru", layers=1, bidirectional=False, **changes):
+    torch.manual_seed(0)
+    fields = {"vocab_size": V, "embedding_size": 5, "hidden_size": H, "num_labels": C, **changes}
+    config = RecurrentConfig(cell, num_hidden_layers=layers, bidirectional=bidirectional, **fields)
+    return kind(config)
+
+
+def tokens(lengths=(3, 7, 1, 7, 4), seed=0, high=V):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(high, (n,), generator=generator) for n in lengths]
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_same_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=lambda m, n=name: f"{n}: {m}", **CLOSE)
+
+
+# --- the same in every layout ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("layers", "bidirectional"), SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_bare_model_equals_a_loop_over_steps(cell, layers, bidirectional, layout):
+    model = build(RecurrentModel, cell, layers, bidirectional)
+    ids = tokens()
+    inputs, mask = arrange(layout, ids)
+    output = model(inputs, mask)
+    expected = [run(model.rnn, model.embeddings.weight[row]) for row in ids]
+    for found, (steps, _) in zip(sequences_of(output.last_hidden_state, mask), expected, strict=True):
+        torch.testing.assert_close(found, steps, **CLOSE)
+    finals = torch.stack([final for _, final in expected], dim=1)
+    torch.testing.assert_close(output.past_key_values.hidden_state, finals, **CLOSE)
+    last = torch.stack([final[-2:].flatten() if bidirectional else final[-1] for _, final in expected])
+    torch.testing.assert_close(output.pooler_output, last, **CLOSE)
+    if layout == "packed":
+        assert torch.equal(output.last_hidden_state.sorted_indices, inputs.sorted_indices)
+        assert torch.equal(output.last_hidden_state.batch_sizes, inputs.batch_sizes)
+    else:
+        assert output.last_hidden_state.shape == (*mask.shape, model.config.output_size)
+        assert not output.last_hidden_state[mask == 0].any()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("layers", "bidirectional"), SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_token_classification(cell, layers, bidirectional, layout):
+    model = build(RecurrentForTokenClassification, cell, layers, bidirectional)
+    ids, labels = tokens(), tokens(seed=1, high=C)
+    labels[1][2] = labels[4][0] = -100
+    inputs, mask = arrange(layout, ids)
+    # Labels at padding must not count, whatever they are.
+    output = model(inputs, mask, labels=arrange(layout, labels, fill=1)[0])
+    output.loss.backward()
+    found = gradients(model)
+    logits = [model.classifier(run(model.recurrent.rnn, model.recurrent.embeddings.weight[row])[0]) for row in ids]
+    loss = cross_entropy(torch.cat(logits), torch.cat(labels))
+    loss.backward()
+    for mine, expected in zip(sequences_of(output.logits, mask), logits, strict=True):
+        torch.testing.assert_close(mine, expected, **CLOSE)
+    torch.testing.assert_close(output.loss, loss, **CLOSE)
+    assert_same_gradients(found, gradients(model))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("items", [None, 50])
+def test_causal_language_modeling(cell, layers, layout, items):
+    model = build(RecurrentForCausalLM, cell, layers)
+    ids = tokens()
+    labels = [row.clone() for row in ids]
+    labels[1][3] = -100
+    inputs, mask = arrange(layout, ids)
+    padded_labels = arrange(layout, labels, fill=2)[0]
+    output = model(inputs, mask, labels=padded_labels, num_items_in_batch=items)
+    output.loss.backward()
+    found = gradients(model)
+    logits = [model.lm_head(run(model.recurrent.rnn, model.recurrent.embeddings.weight[row])[0]) for row in ids]
+    predictions, targets = torch.cat([x[:-1] for x in logits]), torch.cat([x[1:] for x in labels])
+    if items is None:
+        loss = cross_entropy(predictions, targets)
+    else:
+        loss = cross_entropy(predictions, targets, reduction="sum") / items
+    loss.backward()
+    for mine, expected in zip(sequences_of(output.logits, mask), logits, strict=True):
+        torch.testing.assert_close(mine, expected, **CLOSE)
+    torch.testing.assert_close(output.loss, loss, **CLOSE)
+    assert_same_gradients(found, gradients(model))
+
+
+PROBLEMS = {
+    "single_label_classification": (C, torch.tensor([0, 2, 1, 1, 0]), cross_entropy),
+    "multi_label_classification": (
+        C,
+        torch.randint(2, (5, C), generator=torch.Generator().manual_seed(3)).float(),
+        binary_cross_entropy_with_logits,
+    ),
+    "regression": (1, torch.tensor([0.5, -1.0, 2.0, 0.0, 3.0]), lambda x, y: mse_loss(x[:, 0], y)),
+}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("layers", "bidirectional"), SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_sequence_classification(cell, layers, bidirectional, layout, problem):
+    count, labels, criterion = PROBLEMS[problem]
+    model = build(RecurrentForSequenceClassification, cell, layers, bidirectional, num_labels=count)
+    ids = tokens()
+    inputs, mask = arrange(layout, ids)
+    output = model(inputs, mask, labels=labels)
+    output.loss.backward()
+    found = gradients(model)
+    finals = [run(model.recurrent.rnn, model.recurrent.embeddings.weight[row])[1] for row in ids]
+    last = torch.stack([x[-2:].flatten() if bidirectional else x[-1] for x in finals])
+    logits = model.classifier(last)
+    loss = criterion(logits, labels)
+    loss.backward()
+    torch.testing.assert_close(output.logits, logits, **CLOSE)
+    torch.testing.assert_close(output.loss, loss, **CLOSE)
+    assert_same_gradients(found, gradients(model))
+    assert model.config.problem_type == problem
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_sequence_classification_divides_by_the_items(problem):
+    count, labels, criterion = PROBLEMS[problem]
+    model = build(RecurrentForSequenceClassification, num_labels=count, problem_type=problem)
+    inputs, _ = arrange("packed", tokens())
+    output = model(inputs, labels=labels, num_items_in_batch=torch.tensor(40))
+    torch.testing.assert_close(output.loss, criterion(output.logits, labels) * labels.numel() / 40, **CLOSE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_features(layout, dtype):
+    model = build(RecurrentForSequenceClassification, "lstm", vocab_size=None, embedding_size=None, input_size=12)
+    assert model.main_input_name == "input_values"
+    values = [torch.randn(n, 12, dtype=dtype) for n in (3, 5, 1)]
+    inputs, mask = arrange(layout, values)
+    found = model(input_values=inputs, attention_mask=mask).logits
+    finals = [run(model.recurrent.rnn, row.float())[1][-1] for row in values]
+    torch.testing.assert_close(found, model.classifier(torch.stack(finals)), **CLOSE)
+
+
+def test_no_mask_and_a_mask_of_ones_read_every_step():
+    model = build(RecurrentModel)
+    ids = torch.stack(tokens((4, 4)))
+    expected = torch.stack([run(model.rnn, model.embeddings.weight[row])[0] for row in ids])
+    for mask in (None, torch.ones(2, 4), torch.ones(2, 4, dtype=torch.bool)):
+        torch.testing.assert_close(model(ids, mask).last_hidden_state, expected, **CLOSE)
+
+
+def test_reading_in_two_parts_equals_reading_at_once():
+    for cell in CELLS:
+        model = build(RecurrentModel, cell, layers=2)
+        ids = torch.stack(tokens((6, 6, 6)))
+        whole = model(ids)
+        first = model(ids[:, :4])
+        state = first.past_key_values.hidden_state.clone()
+        second = model(ids[:, 4:], past_key_values=first.past_key_values)
+        torch.testing.assert_close(second.last_hidden_state, whole.last_hidden_state[:, 4:], **CLOSE)
+        assert second.past_key_values.get_seq_length() == 6
+        # The first part can be continued again: nothing was changed in place.
+        assert torch.equal(first.past_key_values.hidden_state, state)
+
+
+def test_dropout_acts_between_layers_while_training():
+    model = build(RecurrentModel, layers=2, dropout=0.5)
+    inputs, _ = arrange("packed", tokens())
+    outputs = [model.train()(inputs).last_hidden_state.data for _ in range(2)]
+    assert not torch.equal(*outputs)
+    outputs = [model.eval()(inputs).last_hidden_state.data for _ in range(2)]
+    assert torch.equal(*outputs)
+
+
+# --- labels that do not fit -----------------------------------------------------------------------------
+
+
+def test_packed_labels_in_another_order_are_set_right():
+    model = build(RecurrentForTokenClassification)
+    ids, labels = tokens((4, 7, 4, 7)), tokens((4, 7, 4, 7), seed=1, high=C)
+    inputs = pack_sequence(ids, enforce_sorted=False)
+    expected = model(inputs, labels=pack_sequence(labels, enforce_sorted=False)).loss
+    # The same sequences, those of one length in another order than torch chose for the inputs.
+    order = torch.tensor([3, 1, 2, 0])
+    assert not torch.equal(order, inputs.sorted_indices)
+    again = pack_sequence([labels[i] for i in order])
+    again = PackedSequence(again.data, again.batch_sizes, order)
+    torch.testing.assert_close(model(inputs, labels=again).loss, expected)
+
+
+@pytest.mark.parametrize("kind", [RecurrentForTokenClassification, RecurrentForCausalLM])
+def test_labels_of_other_lengths_or_layouts_are_refused(kind):
+    model, ids = build(kind), tokens((3, 1))
+    packed, (padded, mask) = pack_sequence(ids), arrange("right", ids)
+    with pytest.raises(
+        ValueError, match=r"packed labels must have the lengths of the inputs, \[3, 1\], found \[3, 2\]"
+    ):
+        model(packed, labels=pack_sequence(tokens((3, 2))))
+    with pytest.raises(ValueError, match="labels must be packed as the inputs are, found padded labels"):
+        model(packed, labels=padded)
+    with pytest.raises(ValueError, match="labels must be padded as the inputs are, found packed labels"):
+        model(padded, mask, labels=packed)
+    with pytest.raises(ValueError, match=r"one label a step, \[2, 5\], found \[2, 4\]"):
+        model(padded, mask, labels=padded[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("problem", "count", "labels"),
+    [
+        ("regression", 3, torch.zeros(2)),
+        ("regression", 1, torch.zeros(3)),
+        ("multi_label_classification", 3, torch.zeros(2)),
+        ("single_label_classification", 3, torch.zeros(2, 3)),
+        ("single_label_classification", 3, pack_sequence([torch.zeros(2), torch.zeros(1)])),
+    ],
+)
+def test_sequence_labels_of_another_shape_are_refused(problem, count, labels):
+    model = build(RecurrentForSequenceClassification, num_labels=count, problem_type=problem)
+    with pytest.raises(ValueError, match=f"labels for {problem} must have shape"):
+        model(torch.zeros(2, 4, dtype=torch.int64), labels=labels)
+
+
+# --- inputs that do not fit -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "reads input_ids alone, found neither"),
+        ({"input_values": torch.zeros(1, 2, 3)}, "reads input_ids alone, found input_values"),
+        (
+            {"input_ids": torch.zeros(1, 2).long(), "input_values": torch.zeros(1, 2, 3)},
+            "reads input_ids alone, found input_ids and input_values",
+        ),
+        ({"input_ids": torch.zeros(4).long()}, r"input_ids must be a tensor of shape \[B, T\], found \[4\]"),
+        (
+            {"input_ids": pack_sequence([torch.zeros(2, 3)])},
+            r"input_ids must be packed with data of shape \[N\], found \[2, 3\]",
+        ),
+        (
+            {"input_ids": torch.zeros(2, 3).long(), "attention_mask": torch.tensor([[1, 1, 0], [0, 0, 0]])},
+            "attention_mask has no real step in row 1",
+        ),
+        (
+            {"input_ids": torch.zeros(2, 3).long(), "attention_mask": torch.ones(2, 4)},
+            r"attention_mask must have the shape of the inputs, \[2, 3\], found \[2, 4\]",
+        ),
+        (
+            {"input_ids": pack_sequence([torch.zeros(2).long()]), "attention_mask": torch.ones(1, 2)},
+            "found a padded attention_mask beside inputs that are not",
+        ),
+        (
+            {"input_ids": torch.zeros(1, 2).long(), "attention_mask": pack_sequence([torch.ones(2)])},
+            "found a packed attention_mask beside inputs that are not",
+        ),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        build(RecurrentModel)(**inputs)
+
+
+def test_features_of_another_width_are_refused():
+    model = build(RecurrentModel, vocab_size=None, embedding_size=None, input_size=12)
+    with pytest.raises(ValueError, match=r"input_values must be a tensor of shape \[B, T, 12\], found \[2, 5, 11\]"):
+        model(input_values=torch.zeros(2, 5, 11))
+    with pytest.raises(ValueError, match=r"packed with data of shape \[N, 12\], found \[3, 11\]"):
+        model(input_values=pack_sequence([torch.zeros(3, 11)]))
+
+
+def test_a_bidirectional_model_cannot_continue():
+    model = build(RecurrentModel, bidirectional=True)
+    ids = torch.stack(tokens((4, 4)))
+    with pytest.raises(ValueError, match="bidirectional model cannot continue from a recurrent state"):
+        model(ids, past_key_values=model(ids).past_key_values)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cell_type": "transformer"}, "cell_type must be one of 'rnn', 'lstm', 'gru', found 'transformer'"),
+        ({"vocab_size": None}, "exactly one of vocab_size .* found vocab_size=None and input_size=None"),
+        ({"input_size": 3}, "exactly one of vocab_size .* found vocab_size=13 and input_size=3"),
+        ({"vocab_size": None, "input_size": 3, "embedding_size": 4}, "embedding_size=4 needs a vocab_size"),
+        ({"hidden_size": 0}, "hidden_size must be an integer of at least 1, found 0"),
+        ({"hidden_size": 2.0}, "hidden_size must be an integer of at least 1, found 2.0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be an integer of at least 1, found True"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, found 1.0"),
+        ({"pad_token_id": 13}, "pad_token_id must be at least 0 and below vocab_size=13, found 13"),
+        ({"eos_token_id": [3, -1]}, "eos_token_id must be at least 0 and below vocab_size=13, found -1"),
+        ({"problem_type": "ranking"}, "problem_type must be one of 'regression', .* found 'ranking'"),
+        ({"problem_type": "single_label_classification", "num_labels": 1}, "num_labels"),
+        ({"tie_word_embeddings": True, "embedding_size": 4}, "tie_word_embeddings needs .* embedding_size=4"),
+        (
+            {"tie_word_embeddings": True, "bidirectional": True},
+            "tie_word_embeddings needs .*bidirectional=True",
+        ),
+    ],
+)
+def test_impossible_configurations(fields, message):
+    with pytest.raises(ValueError, match=message):
+        RecurrentConfig(**{"vocab_size": 13, "hidden_size": 8, **fields})
+
+
+@pytest.mark.parametrize("fields", [{"bidirectional": True}, {"vocab_size": None, "input_size": 3}])
+def test_a_language_model_reads_tokens_in_one_direction(fields):
+    config = RecurrentConfig(**{"vocab_size": 13, "hidden_size": 8, **fields})
+    with pytest.raises(ValueError, match="causal language model needs a vocab_size and bidirectional=False"):
+        RecurrentForCausalLM(config)
+
+
+# --- what transformers expects of a model ---------------------------------------------------------------
+
+AUTO = [
+    (RecurrentModel, AutoModel),
+    (RecurrentForSequenceClassification, AutoModelForSequenceClassification),
+    (RecurrentForTokenClassification, AutoModelForTokenClassification),
+    (RecurrentForCausalLM, AutoModelForCausalLM),
+]
+
+
+@pytest.mark.parametrize(("kind", "auto"), AUTO)
+@pytest.mark.parametrize("cell", CELLS)
+def test_save_and_load(tmp_path, kind, auto, cell):
+    model = build(kind, cell, layers=2, dropout=0.1, pad_token_id=0, eos_token_id=[1, 2]).eval()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    loaded = auto.from_pretrained(tmp_path).eval()
+    assert type(loaded) is kind
+    assert loaded.config.to_dict().keys() == AutoConfig.from_pretrained(tmp_path).to_dict().keys()
+    for field in (
+        "cell_type",
+        "vocab_size",
+        "embedding_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "eos_token_id",
+    ):
+        assert getattr(loaded.config, field) == getattr(model.config, field)
+    inputs, _ = arrange("packed", tokens())
+    assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
+    torch.testing.assert_close(loaded(inputs)[0].data, model(inputs)[0].data)
+
+
+def test_loading_a_body_into_a_classifier_draws_a_new_head(tmp_path):
+    body = build(RecurrentModel)
+    body.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    model = RecurrentForSequenceClassification.from_pretrained(tmp_path, num_labels=4)
+    assert torch.equal(model.recurrent.rnn.weight_hh_l0, body.rnn.weight_hh_l0)
+    assert model.classifier.weight.shape == (4, H)
+    assert 0 < model.classifier.weight.abs().max() <= H**-0.5
+
+
+def test_tied_embeddings(tmp_path):
+    model = build(RecurrentForCausalLM, embedding_size=H, tie_word_embeddings=True)
+    assert model.lm_head.weight is model.recurrent.embeddings.weight
+    model.save_pretrained(tmp_path)
+    loaded = RecurrentForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.tie_word_embeddings
+    assert loaded.lm_head.weight is loaded.recurrent.embeddings.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_resize_token_embeddings(tied):
+    model = build(RecurrentForCausalLM, embedding_size=H, tie_word_embeddings=tied).eval()
+    inputs, _ = arrange("packed", tokens())
+    before = model(inputs).logits.data
+    model.resize_token_embeddings(V + 3, mean_resizing=False)
+    assert model.config.vocab_size == V + 3
+    after = model(inputs).logits.data
+    assert after.shape[1] == V + 3
+    torch.testing.assert_close(after[:, :V], before, **CLOSE)
+    assert model(torch.full((1, 2), V + 2)).logits.shape == (1, 2, V + 3)
+
+
+def test_gradient_checkpointing_is_refused(tmp_path):
+    trainer = Trainer(
+        build(RecurrentForTokenClassification),
+        arguments(tmp_path, gradient_checkpointing=True),
+        train_dataset=rows(),
+        data_collator=packed_batch,
+    )
+    with pytest.raises(ValueError, match=r"RecurrentForTokenClassification does not support \w+ checkpointing"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bf16(cell, layout):
+    model = build(RecurrentForCausalLM, cell, layers=2).eval()
+    inputs, mask = arrange(layout, tokens())
+    expected = model(inputs, mask, labels=inputs).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(inputs, mask, labels=inputs).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)
+    half = model.to(torch.bfloat16)
+    output = half(inputs, mask, labels=inputs)
+    assert output.logits.data.dtype == torch.bfloat16
+    torch.testing.assert_close(output.loss, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("layout", ["packed", "left"])
+def test_torch_compile(layout):
+    model = build(RecurrentForCausalLM).eval()
+    inputs, mask = arrange(layout, tokens())
+    expected = model(inputs, mask, labels=inputs)
+    compiled = torch.compile(model, backend="eager")
+    found = compiled(inputs, mask, labels=inputs)
+    torch.testing.assert_close(found.loss, expected.loss, **CLOSE)
+    torch.testing.assert_close(found.logits.data, expected.logits.data, **CLOSE)
+    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
+
+
+def test_a_plain_tuple_on_request():
+    model = build(RecurrentForSequenceClassification)
+    inputs, _ = arrange("packed", tokens())
+    found = model(inputs, labels=torch.zeros(5).long(), return_dict=False)
+    expected = model(inputs, labels=torch.zeros(5).long())
+    assert isinstance(found, tuple)
+    assert torch.equal(found[0], expected.loss)
+    assert torch.equal(found[1], expected.logits)
+
+
+def test_text_classification_pipeline(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast, pipeline
+
+    words = ["[PAD]", "[UNK]", "the", "film", "was", "good", "bad", "and", "very", "long"]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    model = build(RecurrentForSequenceClassification, vocab_size=len(words), num_labels=2, pad_token_id=0).eval()
+    model.save_pretrained(tmp_path)
+    texts = ["the film was good", "bad", "the film was very very long and bad"]
+    for side in ("left", "right"):
+        classify = pipeline("text-classification", model=str(tmp_path), tokenizer=tokenizer, batch_size=3, top_k=None)
+        classify.tokenizer.padding_side = side
+        for text, found in zip(texts, classify(texts), strict=True):
+            ids = torch.tensor([words.index(word) for word in text.split()])
+            final = run(model.recurrent.rnn, model.recurrent.embeddings.weight[ids])[1][-1]
+            expected = model.classifier(final).softmax(-1)
+            scores = {entry["label"]: entry["score"] for entry in found}
+            assert [scores["LABEL_0"], scores["LABEL_1"]] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+# --- in the Trainer -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [
+        (RecurrentForTokenClassification, "tokens"),
+        (RecurrentForCausalLM, "inputs"),
+        (RecurrentForSequenceClassification, "row"),
+    ],
+)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_packed_training_equals_padded_training(tmp_path, kind, labels, accumulation):
+    data = rows(labels="row" if labels == "row" else "tokens")
+    if labels == "inputs":
+        data = [{**row, "labels": row["input_ids"]} for row in data]
+    options = {"gradient_accumulation_steps": accumulation, "max_grad_norm": 0.1}
+
+    def model():
+        return build(kind, vocab_size=17, num_labels=4)
+
+    packed = train(tmp_path, model(), data, packed_batch, **options)
+    # A Trainer without this attribute also counts the first label of each row, which is never predicted.
+    counts_wrong = labels == "inputs" and "_loss_shifts_labels" not in inspect.getsource(Trainer)
+    with contextlib.nullcontext() if counts_wrong else stock():
+        padded = train(tmp_path, model(), data, padded_batch, **options)
+    assert_same_run(packed, padded)
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *args):
+        return SequentialSampler(self.train_dataset)
+
+
+@pytest.mark.parametrize("collate", [packed_batch, padded_batch])
+def test_accumulated_steps_equal_one_large_batch(tmp_path, collate):
+    # Sequences of very different lengths: only a loss divided by the number of predicted tokens of the whole
+    # step comes out the same however the step is cut into batches.
+    data = [{"input_ids": row, "labels": row} for row in tokens((1, 9, 2, 7, 3, 12, 1, 4))]
+    options = {"num_train_epochs": 1, "learning_rate": 0.01, "trainer": InOrder}
+    large = train(tmp_path, build(RecurrentForCausalLM), data, collate, per_device_train_batch_size=4, **options)
+    small = train(
+        tmp_path,
+        build(RecurrentForCausalLM),
+        data,
+        collate,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        **options,
+    )
+    assert_same_run(small, large)
+    model = build(RecurrentForCausalLM)
+    logits = [model(row["input_ids"][None]).logits[0, :-1] for row in data[:4]]
+    expected = cross_entropy(torch.cat(logits), torch.cat([row["labels"][1:] for row in data[:4]]))
+    assert small.losses[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+# Sequences of very different lengths, some of which have nothing to predict.
+SENTENCES = tokens((1, 9, 2, 7, 3, 12, 1, 4, 5, 8))
+
+
+def collator(layout, fill=-100, high=None):
+    """Return a collator of ``SENTENCES`` in a layout; ``fill`` is what labels have at padding.
+
+    Args:
+        layout: one of :data:`LAYOUTS`.
+        fill: what labels have at padding.
+        high: the number of classes of a token classifier; None for a language model.
+    """
+
+    def collate(features):
+        ids = [feature["input_ids"] for feature in features]
+        labels = [row.where(row != 3, -100) if high is None else row % high for row in ids]
+        inputs, mask = arrange(layout, ids, fill=2)
+        batch = {"input_ids": inputs, "labels": arrange(layout, labels, fill=fill)[0]}
+        return batch if mask is None else {**batch, "attention_mask": mask}
+
+    return collate
+
+
+PADDED = [(layout, fill) for layout in LAYOUTS[1:] for fill in (-100, 2)]
+
+
+@pytest.mark.parametrize(("kind", "high"), [(RecurrentForCausalLM, None), (RecurrentForTokenClassification, C)])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("layout", "fill"), PADDED)
+def test_every_layout_trains_alike(tmp_path, kind, high, accumulation, layout, fill):
+    data = [{"input_ids": row} for row in SENTENCES]
+    options = {"gradient_accumulation_steps": accumulation, "eval_strategy": "epoch", "num_train_epochs": 1}
+    packed = train(tmp_path, build(kind), data, collator("packed", high=high), **options)
+    padded = train(tmp_path, build(kind), data, collator(layout, fill, high), **options)
+    assert_same_run(packed, padded)
+    losses = [[e["eval_loss"] for e in run.state.log_history if "eval_loss" in e] for run in (packed, padded)]
+    assert len(losses[0]) == 1
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_loss_of_accumulated_batches_is_the_mean_over_their_predictions(tmp_path, layout):
+    data = [{"input_ids": row} for row in SENTENCES]
+    options = {"gradient_accumulation_steps": 2, "num_train_epochs": 1, "trainer": InOrder}
+    found = train(tmp_path, build(RecurrentForCausalLM), data, collator(layout, 2), **options)
+    model = build(RecurrentForCausalLM)
+    # A step has two batches of three rows.
+    predictions = [model(row[None]).logits[0, :-1] for row in SENTENCES[:6]]
+    targets = [row[1:].where(row[1:] != 3, -100) for row in SENTENCES[:6]]
+    expected = cross_entropy(torch.cat(predictions), torch.cat(targets))
+    expected.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert found.losses[0] == pytest.approx(expected.item(), rel=1e-4)
+    assert found.grad_norms[0] == pytest.approx(norm.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_labels_in_loss_are_those_that_the_logits_predict(layout):
+    model, ids = build(RecurrentForCausalLM), tokens()
+    ids[1][3] = 3
+    batch = collator(layout, fill=2)([{"input_ids": row} for row in ids])
+    found = model.labels_in_loss(batch)
+    labels = [row.where(row != 3, -100) for row in ids]
+    expected = [torch.cat([row[1:], torch.tensor([-100])]) for row in labels]
+    mask = batch.get("attention_mask")
+    assert all(map(torch.equal, sequences_of(found, mask), expected))
+    assert mask is None or (found[mask == 0] == -100).all()
+    logits = model(batch["input_ids"], mask).logits.data.flatten(0, -2)
+    torch.testing.assert_close(model(**batch).loss, cross_entropy(logits, found.data.flatten()), **CLOSE)
+
+
+def smoothed(logits, targets, epsilon):
+    """Return the loss with label smoothing over logits ``[N, V]`` and targets ``[N]``."""
+    scores, targets = -logits.log_softmax(-1)[targets != -100], targets[targets != -100]
+    nll = scores[torch.arange(len(targets)), targets]
+    return ((1 - epsilon) * nll + epsilon * scores.mean(-1)).mean()
+
+
+@pytest.mark.needs_patch("transformers.trainer:Trainer.compute_loss")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("fill", [-100, 2])
+def test_label_smoothing_smooths_the_next_token(tmp_path, layout, fill):
+    data = [{"input_ids": row} for row in SENTENCES]
+    trainer = new_trainer(
+        tmp_path,
+        build(RecurrentForCausalLM),
+        data,
+        collator(layout, fill),
+        trainer=InOrder,
+        max_steps=1,
+        label_smoothing_factor=0.2,
+    )
+    evaluated = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    model, losses = build(RecurrentForCausalLM), []
+    for start in range(0, len(data), 3):
+        rows = SENTENCES[start : start + 3]
+        logits = [model(row[None]).logits[0, :-1] for row in rows]
+        targets = [row[1:].where(row[1:] != 3, -100) for row in rows]
+        losses += len(rows) * [smoothed(torch.cat(logits), torch.cat(targets), 0.2)]
+    losses[0].backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    (step,) = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert step["loss"] == pytest.approx(losses[0].item(), rel=1e-4)
+    assert float(step["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
+    assert evaluated == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_label_smoothing_with_predict_with_generate(tmp_path, layout):
+    data = [{"input_ids": row} for row in SENTENCES[1:4]]
+    # With metrics: without, nothing is generated.
+    changes = {"label_smoothing_factor": 0.2, "trainer": Seq2SeqTrainer, "options": {"compute_metrics": lambda _: {}}}
+    losses = []
+    for generates in (False, True):
+        model = build(RecurrentForCausalLM, pad_token_id=0).eval()
+        trainer = new_trainer(
+            tmp_path,
+            model,
+            data,
+            collator(layout),
+            predict_with_generate=generates,
+            generation_max_length=14,
+            **changes,
+        )
+        smoother = trainer.label_smoother
+        losses.append(trainer.evaluate()["eval_loss"])
+        assert trainer.label_smoother is smoother
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_label_smoothing_with_accumulation(tmp_path):
+    data = [{"input_ids": row} for row in SENTENCES]
+    changes = {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    packed = train(tmp_path, build(RecurrentForCausalLM), data, collator("packed"), **changes)
+    for layout, fill in (("left", 2), ("holes", -100)):
+        assert_same_run(train(tmp_path, build(RecurrentForCausalLM), data, collator(layout, fill), **changes), packed)
+
+
+def test_a_loss_function_of_the_user_gets_the_count_of_upstream(tmp_path):
+    counts = []
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        counts.append(int(num_items_in_batch))
+        return outputs.logits.sum()
+
+    data, options = [{"input_ids": row} for row in SENTENCES], {"options": {"compute_loss_func": loss}}
+    changes = {"trainer": InOrder, "max_steps": 1}
+    train(tmp_path, build(RecurrentForCausalLM), data, collator("left", 2), **options, **changes)
+    with stock():
+        train(tmp_path, build(RecurrentForCausalLM), data, collator("left", 2), **options, **changes)
+    assert counts[0] == counts[1]
+
+
+def test_evaluation_returns_logits_alone(tmp_path):
+    data = [{"input_ids": row, "labels": row} for row in tokens((3, 5, 2))]
+    trainer = Trainer(build(RecurrentForCausalLM), arguments(tmp_path), data_collator=padded_batch)
+    assert trainer.predict(data).predictions.shape == (3, 5, V)
+
+
+def test_registration_may_happen_twice():
+    importlib.reload(hf_packfix.models)
+    assert type(AutoConfig.for_model("recurrent", vocab_size=3)) is RecurrentConfig

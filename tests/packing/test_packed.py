@@ -1,0 +1,320 @@
+"""``packed.py`` against a plain list of sequences, and against torch's own functions."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence, unpack_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hf_packfix.packing import jagged, packed, trees
+from hf_packfix.patches.countable import CountablePackedSequence
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+LENGTHS = [[1], [5], [1, 1, 1], [2, 7, 2, 1], [3, 3, 9, 1, 9], [4, 3, 2, 1]]
+KINDS = [(torch.float32, ()), (torch.float64, (3,)), (torch.int64, ()), (torch.bool, (2, 2))]
+
+
+def sequences(lengths: list[int], dtype: torch.dtype, trailing: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(0, 9, (n, *trailing), generator=generator).to(dtype) for n in lengths]
+
+
+def assert_equal(found: PackedSequence, expected: PackedSequence) -> None:
+    for name, left, right in zip(PackedSequence._fields, found, expected, strict=True):
+        if right is None:
+            assert left is None, name
+        else:
+            assert left.dtype == right.dtype, name
+            assert torch.equal(left, right), name
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("dtype", "trailing"), KINDS)
+class TestAgainstAListOfSequences:
+    def test_counts(self, lengths, dtype, trailing):
+        pack = pack_sequence(sequences(lengths, dtype, trailing), enforce_sorted=False)
+        assert packed.batch_size(pack) == len(lengths)
+        assert packed.num_tokens(pack) == sum(lengths)
+        assert packed.lengths(pack).tolist() == lengths
+
+    def test_pad(self, lengths, dtype, trailing):
+        pieces = sequences(lengths, dtype, trailing)
+        pack = pack_sequence(pieces, enforce_sorted=False)
+        expected = pad_sequence(pieces, batch_first=True, padding_value=1)
+        assert torch.equal(packed.pad(pack, 1), expected)
+        longer = packed.pad(pack, 1, total_length=12)
+        assert longer.shape[1] == 12
+        assert torch.equal(longer[:, : max(lengths)], expected)
+        assert (longer[:, max(lengths) :] == 1).all()
+
+    def test_flat_and_back(self, lengths, dtype, trailing):
+        pieces = sequences(lengths, dtype, trailing)
+        pack = pack_sequence(pieces, enforce_sorted=False)
+        flat, found = jagged.to_jagged(pack)
+        assert torch.equal(flat, torch.cat(pieces))
+        assert_equal(jagged.from_jagged(flat, found), pack)
+
+    def test_take(self, lengths, dtype, trailing):
+        pieces = sequences(lengths, dtype, trailing)
+        pack = pack_sequence(pieces, enforce_sorted=False)
+        count = len(pieces)
+        for which in (slice(0, 1), slice(1, None), slice(-2, 99), slice(None, None, 2)):
+            kept = pieces[which]
+            if kept:
+                assert_equal(jagged.take(pack, which), pack_sequence(kept, enforce_sorted=False))
+            else:
+                assert packed.batch_size(jagged.take(pack, which)) == 0
+        backwards = list(reversed(range(count)))
+        assert_equal(jagged.take(pack, backwards), pack_sequence(pieces[::-1], enforce_sorted=False))
+
+    def test_concatenate(self, lengths, dtype, trailing):
+        pieces = sequences(lengths, dtype, trailing)
+        others = sequences([2, 6], dtype, trailing)
+        found = jagged.concatenate(
+            [pack_sequence(pieces, enforce_sorted=False), pack_sequence(others, enforce_sorted=False)]
+        )
+        assert_equal(found, pack_sequence(pieces + others, enforce_sorted=False))
+
+
+def test_sorted_packs_keep_their_missing_indices_while_they_stay_sorted():
+    pieces = sequences([4, 3, 1], torch.int64, ())
+    pack = pack_sequence(pieces)
+    assert_equal(jagged.take(pack, slice(1, 3)), pack_sequence(pieces[1:]))
+    assert_equal(jagged.concatenate([pack, jagged.take(pack, [2])]), pack_sequence([*pieces, pieces[2]]))
+    unsorted = jagged.concatenate([pack, pack])
+    assert unsorted.sorted_indices is not None
+    assert all(map(torch.equal, unpack_sequence(unsorted), pieces + pieces))
+
+
+def test_pad_passes_gradients():
+    data = torch.ones(6, requires_grad=True)
+    pack = pack_sequence([torch.ones(2), torch.ones(4)], enforce_sorted=False)._replace(data=data)
+    packed.pad(pack, -100.0)[0].sum().backward()
+    assert data.grad.sum() == 2  # the two steps of the first sequence, and no padding
+
+
+def test_same_packing():
+    pieces = sequences([2, 3, 3], torch.int64, ())
+    pack = pack_sequence(pieces, enforce_sorted=False)
+    assert packed.same_packing(pack, pack._replace(data=pack.data * 2))
+    assert packed.same_packing(pack, pack_sequence(pieces[:2], enforce_sorted=False)) is False
+    swapped = PackedSequence(pack.data, pack.batch_sizes, pack.sorted_indices.flip(0))
+    assert not packed.same_packing(pack, swapped)
+    in_order = pack_sequence([pieces[1], pieces[0]])
+    explicit = PackedSequence(in_order.data, in_order.batch_sizes, torch.tensor([0, 1]))
+    assert packed.same_packing(in_order, explicit)
+
+
+@pytest.mark.parametrize(
+    ("batch_sizes", "message"),
+    [
+        ([2, 2], "sum to 4"),
+        ([1, 2], "must not increase"),
+        ([3, 1, 2], "must not increase"),
+        ([3, 0], "fall below 1"),
+        ([2, 1, 0], "fall below 1"),
+    ],
+)
+def test_contradicting_fields_are_named(batch_sizes, message):
+    torn = PackedSequence(torch.ones(3 if sum(batch_sizes) == 4 else sum(batch_sizes)), torch.tensor(batch_sizes))
+    for use in (packed.pad, jagged.to_jagged):
+        with pytest.raises(ValueError, match=message):
+            use(torn)
+
+
+def test_wrong_arguments_are_named():
+    pack = pack_sequence(sequences([2, 3], torch.int64, ()), enforce_sorted=False)
+    with pytest.raises(ValueError, match="total_length is 2"):
+        packed.pad(pack, total_length=2)
+    with pytest.raises(ValueError, match="sum to the 3 rows"):
+        jagged.from_jagged(torch.ones(3), torch.tensor([2, 2]))
+    with pytest.raises(ValueError, match="at least 1"):
+        jagged.from_jagged(torch.ones(3), torch.tensor([3, 0]))
+    with pytest.raises(ValueError, match="nothing to concatenate"):
+        jagged.concatenate([])
+
+
+def test_nested_replace_keeps_what_holds_no_pack():
+    pack = pack_sequence(sequences([2, 3], torch.int64, ()), enforce_sorted=False)
+    untouched = {"a": [1, "x"]}
+    tree = {"keep": untouched, "pack": (pack, None)}
+    found = trees.map_packed(packed.batch_size, tree)
+    assert found == {"keep": untouched, "pack": (2, None)}
+    assert found["keep"] is untouched
+    assert trees.map_packed(packed.batch_size, untouched) is untouched
+    assert trees.contains(tree)
+    assert not trees.contains(untouched)
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses what a GPU refuses and ``meta`` does not: a kernel with tensors of two devices."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        devices = {
+            leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()
+        }
+        assert len(devices) <= 1, f"{func} on {devices}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        packed.pad,
+        packed.pad_left,
+        lambda pack: jagged.to_jagged(pack)[0],
+        lambda pack: jagged.take(pack, slice(1, 3)).data,
+        lambda pack: jagged.take(pack, [2, 0]).sorted_indices,
+        lambda pack: jagged.concatenate([pack, pack]).data,
+        lambda pack: jagged.concatenate([pack, pack]).unsorted_indices,
+        lambda pack: jagged.from_jagged(pack.data, torch.tensor([1, 3, 4])).sorted_indices,
+        lambda pack: jagged.from_jagged(pack.data[:0], torch.tensor([], dtype=torch.int64)).sorted_indices,
+        lambda pack: packed.with_data(pack, pack.data).data,
+    ],
+)
+def test_everything_happens_on_the_device_of_the_data(use):
+    pack = pack_sequence(sequences([4, 3, 1], torch.float32, (2,)))
+    with OneDevice():
+        found = use(pack._replace(data=pack.data.to("meta")))
+    expected = use(pack)
+    assert (found.device.type, found.shape, found.dtype) == ("meta", expected.shape, expected.dtype)
+
+
+def test_lengths_of_a_sorted_pack():
+    found = packed.lengths(pack_sequence(sequences([4, 3, 3, 1], torch.float32, ())))
+    assert (found.tolist(), found.dtype) == ([4, 3, 3, 1], torch.int64)
+
+
+def test_packings_that_differ_in_indices_alone():
+    pieces = sequences([3, 3, 2], torch.int64, ())
+    in_order = pack_sequence(pieces)
+    swapped = PackedSequence(in_order.data, in_order.batch_sizes, torch.tensor([1, 0, 2]))
+    for first, second in ((in_order, swapped), (swapped, in_order)):
+        assert not packed.same_packing(first, second)
+    assert packed.same_packing(in_order, pack_sequence(pieces))
+
+
+def test_padding_on_the_left():
+    pieces = [torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([4, 5, 6])]
+    pack = pack_sequence(pieces, enforce_sorted=False)
+    assert packed.pad_left(pack, 9).tolist() == [[9, 1, 2], [9, 9, 3], [4, 5, 6]]
+    assert packed.pad_left(pack).tolist() == [[0, 1, 2], [0, 0, 3], [4, 5, 6]]
+    assert packed.pad(pack).tolist() == [[1, 2, 0], [3, 0, 0], [4, 5, 6]]
+    assert torch.equal(packed.pad(pack, total_length=3), packed.pad(pack))
+
+
+def test_no_sequence_at_all():
+    none = torch.tensor([], dtype=torch.int64)
+    for keep_order in (False, True):
+        empty = jagged.from_jagged(torch.ones(0, 2), none, keep_order=keep_order)
+        assert (empty.sorted_indices is None) == keep_order
+        assert (packed.batch_size(empty), packed.num_tokens(empty), packed.lengths(empty).tolist()) == (0, 0, [])
+        assert packed.pad(empty).shape == (0, 0, 2)
+        assert packed.pad(empty, total_length=4).shape == (0, 4, 2)
+        assert jagged.to_jagged(empty)[0].shape == (0, 2)
+
+
+def test_nothing_is_copied_where_nothing_changes():
+    pack = pack_sequence(sequences([2, 3], torch.int64, ()), enforce_sorted=False)
+    for which in (slice(None), slice(0, 2), slice(0, 99), slice(-2, None)):
+        assert jagged.take(pack, which) is pack
+    for which in (slice(None, None, 1), [0, 1]):
+        assert_equal(jagged.take(pack, which), pack)
+    assert jagged.concatenate([pack]) is pack
+    assert packed.with_data(pack, pack.data) is pack
+    other = packed.with_data(pack, pack.data + 1)
+    assert other is not pack
+    assert all(getattr(other, name) is getattr(pack, name) for name in PackedSequence._fields[1:])
+    assert torch.equal(other.data, pack.data + 1)
+
+
+def test_named_tuples_are_found_wherever_they_stand():
+    pack = pack_sequence(sequences([2], torch.int64, ()))
+    for leaf in (pack, Pair(1, 2)):
+        for tree in (leaf, [leaf], (0, (leaf,)), {"a": 0, "b": leaf}, [{"a": [leaf]}]):
+            assert trees.contains_namedtuple(tree) is True
+            assert trees.contains(tree) is (leaf is pack)
+    for tree in (torch.ones(2), [1, (2, 3)], {"a": [None, "x"]}, {}, range(3), object()):
+        assert trees.contains_namedtuple(tree) is False
+        assert trees.contains(tree) is False
+
+
+# --- padding that the dtype cannot hold -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "expected"),
+    [
+        (torch.bool, -100, torch.int8),
+        (torch.bool, 1, torch.bool),
+        (torch.uint8, -100, torch.int16),
+        (torch.uint8, 255, torch.uint8),
+        (torch.uint8, 256, torch.int16),
+        (torch.int8, -100, torch.int8),
+        (torch.int8, -129, torch.int16),
+        (torch.uint16, -100, torch.int32),
+        (torch.uint32, -1, torch.int64),
+        (torch.uint64, -1, torch.float64),
+        (torch.int64, -100, torch.int64),
+        (torch.int64, 0.5, torch.float64),
+        (torch.int32, float("nan"), torch.float64),
+        (torch.float16, float("-inf"), torch.float16),
+        (torch.float16, 1e5, torch.float32),
+        (torch.bfloat16, -100, torch.bfloat16),
+    ],
+)
+def test_the_smallest_dtype_that_holds_both(dtype, value, expected):
+    assert packed.dtype_with(dtype, value) is expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_padding_that_does_not_fit(dtype):
+    values = [torch.tensor([1, 0]).to(dtype), torch.tensor([1, 1, 1]).to(dtype)]
+    pack = pack_sequence(values, enforce_sorted=False)
+    with pytest.raises(ValueError, match=rf"{dtype} does not hold the padding_value -100: .*data.to\(torch.int"):
+        packed.pad(pack, -100)
+    padded = packed.pad(pack, -100, promote=True)
+    assert padded.tolist() == [[1, 0, -100], [1, 1, 1]]
+    assert packed.pad(pack, 1).dtype == dtype
+
+
+# --- a default device that is not the CPU -----------------------------------------------------------------
+
+
+def test_nothing_depends_on_the_default_device():
+    sequences = [torch.arange(n) for n in (2, 5, 1)]
+    pack, other = pack_sequence(sequences, enforce_sorted=False), pack_sequence(sequences[1::-1])
+
+    def results():
+        flat, sizes = jagged.to_jagged(pack)
+        return [
+            packed.lengths(pack),
+            packed.pad(pack, -100),
+            packed.pad_left(pack, -100),
+            flat,
+            sizes,
+            *jagged.from_jagged(flat, sizes),
+            *jagged.take(pack, [2, 0]),
+            *jagged.take(pack, slice(1, 3)),
+            *jagged.concatenate([pack, pack]),
+            torch.tensor(packed.batch_size(pack), device="cpu"),
+            torch.tensor(packed.same_packing(pack, other), device="cpu"),
+            CountablePackedSequence._make(pack).sum(),
+            CountablePackedSequence._make(pack) != 0,
+        ]
+
+    expected = results()
+    with torch.device("meta"):
+        found = results()
+    for left, right in zip(found, expected, strict=True):
+        assert left.device.type == "cpu"
+        assert torch.equal(left, right)

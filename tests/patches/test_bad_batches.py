@@ -1,0 +1,440 @@
+"""Packs whose fields contradict each other, and batches that do not fit together: an error, never a wrong number.
+
+``torch`` checks none of this. Its constructor takes any fields, and its recurrent layers leave out rows of ``data``
+that ``batch_sizes`` do not reach, and hand a row the state of another one.
+"""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import operations
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
+from transformers.trainer_pt_utils import (
+    EvalLoopContainer,
+    LabelSmoother,
+    find_batch_size,
+    nested_concat,
+    nested_numpify,
+    nested_truncate,
+)
+from transformers.trainer_utils import EvalPrediction
+
+import hf_packfix
+from hf_packfix import DataCollatorForPackedSequence
+from hf_packfix.packing import jagged, packed, trees
+from tests.support.oracle import (
+    Classifier,
+    PlainTagger,
+    Tagger,
+    assert_same_run,
+    new_trainer,
+    packed_batch,
+    padded_batch,
+    rows,
+    stock,
+    train,
+)
+from tests.support.strategies import all_lengths, attack
+
+Sequences = list[list[int]]
+
+
+# --- any pack with one field spoilt ---------------------------------------------------------------------
+
+
+def spoil(draw: Any, pack: PackedSequence) -> PackedSequence:
+    """Return the pack with one field changed by a little, in a way that may or may not contradict the others."""
+    name = draw(st.sampled_from(["data", "batch_sizes", "sorted_indices", "unsorted_indices", "both"]))
+    fields = pack._asdict()
+    if name == "both":
+        order = draw(st.permutations(range(packed.batch_size(pack))))
+        fields |= {key: torch.tensor(order) for key in ("sorted_indices", "unsorted_indices")}
+        return PackedSequence._make(fields.values())
+    field = fields[name]
+    if field is None:
+        fields[name] = torch.tensor(draw(st.permutations(range(packed.batch_size(pack)))))
+    else:
+        changes = [one_value, cut, longer, turned, *((scalar,) if name == "data" else (as_type, reshaped))]
+        fields[name] = draw(st.sampled_from(changes))(draw, field)
+        if name not in ("data", "batch_sizes") and draw(st.integers(0, 9)) == 0:
+            fields[name] = None
+    return PackedSequence._make(fields.values())
+
+
+def one_value(draw: Any, field: torch.Tensor) -> torch.Tensor:
+    spoilt = field.clone()
+    spoilt[draw(st.integers(0, len(field) - 1))] = draw(st.integers(-2, 8))
+    return spoilt
+
+
+def cut(draw: Any, field: torch.Tensor) -> torch.Tensor:
+    return field[: draw(st.integers(0, len(field) - 1))]
+
+
+def longer(draw: Any, field: torch.Tensor) -> torch.Tensor:
+    return torch.cat([field, torch.tensor([draw(st.integers(-1, 6))], dtype=field.dtype)])
+
+
+def turned(draw: Any, field: torch.Tensor) -> torch.Tensor:
+    return field.roll(draw(st.integers(1, 4)))
+
+
+def as_type(draw: Any, field: torch.Tensor) -> torch.Tensor:
+    return field.to(draw(st.sampled_from([torch.float32, torch.int32, torch.uint8, torch.bool])))
+
+
+def reshaped(draw: Any, field: torch.Tensor) -> torch.Tensor:
+    return field[draw(st.sampled_from([(None,), (slice(None), None), (0,)]))]
+
+
+def scalar(draw: Any, field: torch.Tensor) -> torch.Tensor:
+    return field[0]
+
+
+def read(pack: PackedSequence) -> Sequences | None:
+    """Return the sequences, read by plain loops; None where the fields do not say which they are."""
+    data, sizes = pack.data, pack.batch_sizes
+    indices = [index for index in pack[2:] if index is not None]
+    if data.dim() == 0 or len(indices) == 1:
+        return None
+    if any(field.dim() != 1 or field.dtype != torch.int64 for field in (sizes, *indices)):
+        return None
+    values = data.tolist()
+    by_rank: Sequences = [[] for _ in range(int(sizes[0]) if len(sizes) else 0)]
+    alive = len(by_rank)
+    for size in sizes.tolist():
+        if not 1 <= size <= min(alive, len(values)):
+            return None
+        alive = size
+        for rank in range(size):
+            by_rank[rank].append(values.pop(0))
+    if values:
+        return None
+    if not indices:
+        return by_rank
+    there, back = (index.tolist() for index in indices)
+    if sorted(there) != list(range(len(by_rank))) or back != [there.index(place) for place in range(len(there))]:
+        return None
+    return [by_rank[rank] for rank in back]
+
+
+def padded(sequences: Sequences, *, left: bool = False) -> Any:
+    width = max(map(len, sequences), default=0)
+    padding = [[-100] * (width - len(sequence)) for sequence in sequences]
+    return [fill + s if left else s + fill for s, fill in zip(sequences, padding, strict=True)]
+
+
+OTHER = [[7, 8, 9], [5]]
+
+
+def other() -> PackedSequence:
+    return pack_sequence([torch.tensor(sequence) for sequence in OTHER], enforce_sorted=False)
+
+
+def collected(pack: PackedSequence) -> Any:
+    container = EvalLoopContainer()
+    container.add(operations.pad_across_processes(pack, dim=1, pad_index=-100))
+    container.add(operations.pad_across_processes(other(), dim=1, pad_index=-100))
+    return container.get_arrays()
+
+
+def sequences_of(pack: PackedSequence) -> Sequences:
+    return [sequence.tolist() for sequence in unpack_sequence(pack)] if len(pack.batch_sizes) else []
+
+
+#: Everything that makes numbers of a pack, and what the numbers are for given sequences.
+USES: dict[str, tuple[Callable[[PackedSequence], Any], Callable[[Sequences], Any]]] = {
+    "hf_packfix.batch_size": (hf_packfix.batch_size, len),
+    "hf_packfix.num_tokens": (hf_packfix.num_tokens, lambda s: sum(map(len, s))),
+    "hf_packfix.pad": (lambda p: hf_packfix.pad(p, -100), padded),
+    "pad_left": (lambda p: packed.pad_left(p, -100), lambda s: padded(s, left=True)),
+    "lengths": (packed.lengths, lambda s: list(map(len, s))),
+    "to_flat": (lambda p: jagged.to_jagged(p)[0], lambda s: [value for sequence in s for value in sequence]),
+    "take": (lambda p: sequences_of(jagged.take(p, slice(1, None))), lambda s: s[1:]),
+    "concatenate": (lambda p: sequences_of(jagged.concatenate([other(), p])), lambda s: OTHER + s),
+    "nested_numpify": (nested_numpify, padded),
+    "nested_concat": (lambda p: nested_concat(p, other()), lambda s: padded(s + OTHER)),
+    "nested_concat behind": (lambda p: nested_concat(other(), p), lambda s: padded(OTHER + s)),
+    "nested_truncate": (lambda p: sequences_of(nested_truncate(p, 1)), lambda s: s[:1]),
+    "find_batch_size": (find_batch_size, len),
+    "EvalPrediction": (lambda p: EvalPrediction(p, p).label_ids, padded),
+    "EvalLoopContainer": (collected, lambda s: padded(s + OTHER)),
+    "accelerate find_batch_size": (operations.find_batch_size, len),
+    "accelerate slice_tensors": (lambda p: sequences_of(operations.slice_tensors(p, slice(1))), lambda s: s[:1]),
+    "accelerate concatenate": (
+        lambda p: sequences_of(operations.concatenate([{"x": p}, {"x": other()}])["x"]),
+        lambda s: s + OTHER,
+    ),
+    "accelerate pad_across_processes": (
+        lambda p: operations.pad_across_processes({"x": p}, dim=1, pad_index=-100)["x"],
+        padded,
+    ),
+    "accelerate gather": (operations.gather, padded),
+    "gather_for_metrics": (lambda p: Accelerator(cpu=True).gather_for_metrics(p), padded),
+    "same_packing": (lambda p: packed.same_packing(p, p), lambda s: True),
+}
+
+
+@attack
+@given(st.data())
+def test_a_spoilt_pack_is_an_error_or_the_right_numbers(data):
+    pieces = [torch.randint(10, 99, (length,)) for length in data.draw(all_lengths)]
+    in_order = data.draw(st.booleans())
+    if in_order:
+        pieces.sort(key=len, reverse=True)
+    pack = pack_sequence(pieces, enforce_sorted=in_order)
+    spoilt = spoil(data.draw, pack)
+    sequences = read(spoilt)
+    for name, (use, expected) in USES.items():
+        found = outcome(use, spoilt)
+        if sequences is None:
+            assert isinstance(found, ValueError), (name, spoilt, found)
+            assert "this PackedSequence is inconsistent" in str(found), name
+        else:
+            assert found == expected(sequences), (name, spoilt)
+
+
+def outcome(use: Callable[[PackedSequence], Any], pack: PackedSequence) -> Any:
+    try:
+        found = use(pack)
+    except Exception as error:
+        return error
+    return found.tolist() if isinstance(found, (torch.Tensor, np.ndarray)) else found
+
+
+# --- spoilt packs in a Trainer --------------------------------------------------------------------------
+
+SPOILT: dict[str, Callable[[PackedSequence], dict[str, torch.Tensor | None]]] = {
+    "batch_sizes leave out the last row": lambda p: {"batch_sizes": shortened(p.batch_sizes)},
+    "batch_sizes end in zero": lambda p: {"batch_sizes": torch.cat([p.batch_sizes, torch.tensor([0])])},
+    "batch_sizes increase": lambda p: {"batch_sizes": p.batch_sizes.flip(0)},
+    "batch_sizes reach past the data": lambda p: {"data": p.data[:-1]},
+    "batch_sizes are floats": lambda p: {"batch_sizes": p.batch_sizes.float()},
+    "an index twice": lambda p: {k: torch.zeros_like(p.sorted_indices) for k in p._fields[2:]},
+    "an index out of range": lambda p: dict.fromkeys(p._fields[2:], p.sorted_indices + 1),
+    "indices contradict": lambda p: {"sorted_indices": p.sorted_indices.roll(1)},
+    "one index tensor": lambda p: {"sorted_indices": None},
+    "indices of another batch": lambda p: {k: torch.arange(99) for k in p._fields[2:]},
+}
+
+
+def shortened(sizes: torch.Tensor) -> torch.Tensor:
+    """Return batch sizes that sum to one less: nothing in torch notices the row of data that is left over."""
+    last = sizes.clone()
+    last[-1] -= 1
+    return last if last[-1] else last[:-1]
+
+
+def spoiling(key: str, fault: str) -> Callable[[Any], Any]:
+    """Return a collator whose pack under ``key`` has the fault."""
+
+    def collate(features: Any) -> Any:
+        batch = packed_batch(features)
+        pack = batch[key]
+        return {**batch, key: pack._replace(**SPOILT[fault](pack))}
+
+    return collate
+
+
+@pytest.mark.parametrize("run", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize("fault", SPOILT)
+@pytest.mark.parametrize(("model", "key"), [(Classifier, "input_ids"), (Tagger, "labels")], ids=["input", "labels"])
+def test_a_trainer_names_what_is_wrong(tmp_path, model, key, fault, run):
+    data = rows(3, labels="row" if model is Classifier else "tokens", seed=2)
+    trainer = new_trainer(
+        tmp_path, model, data, spoiling(key, fault), options={"compute_metrics": lambda p: {"n": len(p.label_ids)}}
+    )
+    calls = {"train": trainer.train, "evaluate": trainer.evaluate, "predict": lambda: trainer.predict(data)}
+    with pytest.raises(ValueError, match="this PackedSequence is inconsistent") as caught:
+        calls[run]()
+    assert str(caught.value).startswith(f"'{key}' in the batch: ")
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(rows(6))
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_the_dispatcher_of_a_stream_names_what_is_wrong(tmp_path, fault):
+    trainer = new_trainer(tmp_path, Tagger, Stream(), spoiling("input_ids", fault), max_steps=1)
+    with pytest.raises(ValueError, match=r"^'input_ids' in the batch: this PackedSequence is inconsistent"):
+        trainer.train()
+
+
+def test_torch_itself_says_nothing():
+    # Why the Trainer's batches are looked at: otherwise these train, on the wrong rows.
+    gru = torch.nn.GRU(1, 2)
+    pack = pack_sequence([torch.ones(n, 1) * n for n in (1, 3, 2)], enforce_sorted=False)
+    for fault in ("batch_sizes leave out the last row", "batch_sizes end in zero", "an index twice"):
+        gru(pack._replace(**SPOILT[fault](pack)))
+
+
+@pytest.mark.parametrize("name", ["sorted_indices", "unsorted_indices"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_index_tensors_of_another_number_of_sequences(name, device):
+    pack = pack_sequence([torch.ones(n) for n in (1, 3, 2)], enforce_sorted=False)
+    indices = getattr(pack, name)
+    for wrong in (indices[:-1], torch.cat([indices, indices[:1]])):
+        with pytest.raises(
+            ValueError, match=rf"its {name} must be int64 \[3\], one a sequence, found .*\[{len(wrong)}\]"
+        ):
+            packed.check(pack._replace(**{name: wrong.to(device)}), wait=False)
+
+
+def test_packs_inside_lists_are_looked_at(tmp_path):
+    def collate(features: Any) -> Any:
+        batch = packed_batch(features)
+        pack = batch["input_ids"]
+        return {**batch, "more": [{"pair": (pack, pack._replace(data=pack.data[:-1]))}]}
+
+    trainer = new_trainer(tmp_path, PlainTagger, rows(3), collate, remove_unused_columns=False)
+    with pytest.raises(ValueError, match="'more' in the batch: this PackedSequence is inconsistent: its batch_sizes"):
+        trainer.train()
+
+
+# --- fields and packs that do not fit together ----------------------------------------------------------
+
+
+def test_data_on_another_device_than_its_indices():
+    pack = pack_sequence([torch.arange(2), torch.arange(4)], enforce_sorted=False)
+    away = pack._replace(data=pack.data.to("meta"))
+    padded = packed.pad(away)
+    assert (padded.device.type, padded.shape) == ("meta", (2, 4))
+    assert packed.lengths(away).tolist() == [2, 4]
+    indices = {key: getattr(pack, key).to("meta") for key in pack._fields[2:]}
+    for lost in (
+        {"sorted_indices": indices["sorted_indices"]},
+        {"unsorted_indices": indices["unsorted_indices"]},
+        indices,
+    ):
+        for use in (packed.pad, packed.lengths, jagged.to_jagged, nested_numpify):
+            with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+                use(pack._replace(**lost))
+
+
+def test_two_devices_in_one_batch(tmp_path):
+    def collate(features: Any) -> Any:
+        batch = packed_batch(features)
+        return {**batch, "labels": batch["labels"]._replace(data=batch["labels"].data.to("meta"))}
+
+    trainer = new_trainer(tmp_path, PlainTagger, rows(3), collate)
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        trainer.train()
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        trainer.evaluate()
+
+
+class OtherOrder(Tagger):
+    """Its packed logits hold sequences of one length in another order than its inputs."""
+
+    def forward(self, input_ids: Any = None, labels: Any = None, attention_mask: Any = None, **options: Any) -> Any:
+        result = super().forward(input_ids, labels, attention_mask, **options)
+        if isinstance(result.logits, PackedSequence):
+            sequences = unpack_sequence(result.logits)
+            order = sorted(range(len(sequences)), key=lambda row: (-len(sequences[row]), -row))
+            again = pack_sequence([sequences[row] for row in order])
+            result["logits"] = PackedSequence(again.data, again.batch_sizes, torch.tensor(order))
+        return result
+
+
+def even_rows() -> Any:
+    return [{key: value[:3] for key, value in row.items()} for row in rows(12) if len(row["labels"]) > 2]
+
+
+def test_logits_and_labels_in_different_orders(tmp_path):
+    given: dict[str, Any] = {}
+
+    def metrics(name: str) -> dict[str, Any]:
+        return {"compute_metrics": lambda p: given.update({name: p}) or {}}
+
+    smoothed = {"label_smoothing_factor": 0.2}
+    found = train(tmp_path, OtherOrder, even_rows(), packed_batch, options=metrics("packed"), **smoothed)
+    found.trainer.evaluate()
+    with stock():
+        expected = train(tmp_path, Tagger, even_rows(), padded_batch, options=metrics("padded"), **smoothed)
+        expected.trainer.evaluate()
+    assert_same_run(found, expected)
+    assert (given["packed"].label_ids == given["padded"].label_ids).all()
+    np.testing.assert_allclose(given["packed"].predictions, given["padded"].predictions, rtol=1e-4, atol=1e-5)
+
+
+def test_label_smoothing_refuses_labels_of_other_lengths_or_torn_ones():
+    logits = pack_sequence([torch.ones(n, 4) for n in (1, 3)], enforce_sorted=False)
+    smoother = LabelSmoother(0.1)
+    longer = pack_sequence([torch.ones(n).long() for n in (2, 3)], enforce_sorted=False)
+    with pytest.raises(ValueError, match=r"lengths \[1, 3\], the packed labels \[2, 3\]"):
+        smoother({"logits": logits}, longer)
+    # One row of labels would be spread over all rows of the logits.
+    torn = logits._replace(data=torch.ones(1).long())
+    with pytest.raises(ValueError, match="sum to 4, but its data has 1 rows"):
+        smoother({"logits": logits}, torn)
+
+
+def test_data_that_requires_gradients():
+    pack = pack_sequence([torch.ones(2), torch.ones(1)], enforce_sorted=False)
+    pack.data.requires_grad_()
+    with pytest.raises(RuntimeError, match="requires grad"):
+        nested_numpify(pack)
+    container = EvalLoopContainer()
+    container.add(pack)
+    with pytest.raises(RuntimeError, match="requires grad"):
+        container.get_arrays()
+
+
+# --- packs of nothing -----------------------------------------------------------------------------------
+
+
+def test_a_pack_without_sequences():
+    empty = PackedSequence(torch.ones(0, 2), torch.ones(0).long(), torch.ones(0).long())
+    without_order = PackedSequence(torch.ones(0, 2), torch.ones(0).long())
+    full = pack_sequence([torch.ones(3, 2), torch.ones(1, 2)], enforce_sorted=False)
+    for pack in (empty, without_order):
+        assert hf_packfix.batch_size(pack) == hf_packfix.num_tokens(pack) == find_batch_size(pack) == 0
+        assert hf_packfix.pad(pack).shape == (0, 0, 2)
+        assert packed.lengths(pack).tolist() == []
+        assert nested_numpify(pack).shape == (0, 0, 2)
+        both = jagged.concatenate([pack, full, pack])
+        assert packed.lengths(both).tolist() == [3, 1]
+        assert torch.equal(packed.pad(both), packed.pad(full))
+        assert nested_concat(pack, full).shape == (2, 3, 2)
+        assert operations.gather(pack).shape == (0, 0, 2)
+        with pytest.raises(IndexError):
+            torch.nn.GRU(2, 2)(pack)
+    with pytest.raises(ValueError, match=r"must be int64 \[0\], one a sequence"):
+        hf_packfix.batch_size(empty._replace(sorted_indices=torch.tensor([0])))
+
+
+# --- the collator ---------------------------------------------------------------------------------------
+
+
+def test_the_collator_refuses_rows_of_which_some_are_packed():
+    # Of one sequence of one step all four fields have one shape, and would pass for four numbers.
+    pack = pack_sequence([torch.tensor([5])], enforce_sorted=False)
+    with pytest.raises(ValueError, match="'input_ids' of row 0 is not a PackedSequence, but that of another row is"):
+        DataCollatorForPackedSequence()([{"input_ids": [1, 2]}, {"input_ids": pack}])
+
+
+def test_which_batches_are_looked_at():
+    pack = pack_sequence([torch.tensor([5])], enforce_sorted=False)
+    # On a GPU index tensors are taken as they are: looking into them would wait for it. `meta` cannot be looked into.
+    away = pack._replace(**{name: getattr(pack, name).to("meta") for name in pack._fields[2:]})
+    for batch in (
+        {"x": pack},
+        {"n": 1, "x": [{"y": (pack, None)}]},
+        {"x": UserDict(y=pack)},
+        UserDict(x=pack),
+        {"x": away},
+    ):
+        assert trees.check_batch(batch) is True
+    for batch in ({}, {"x": [torch.ones(1)], "y": {"z": ()}, "t": torch.ones(1)}, UserDict(x=[1]), [pack], pack, None):
+        assert trees.check_batch(batch) is False

@@ -1,0 +1,475 @@
+"""What evaluation and prediction report for packed batches equals what they report for padded ones."""
+
+from __future__ import annotations
+
+import functools
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import operations
+from packaging.version import Version
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.modeling_outputs import TokenClassifierOutput
+
+import hf_packfix
+from hf_packfix.packing import jagged
+from hf_packfix.packing import packed as packing
+from tests.support.oracle import (
+    HIDDEN,
+    OracleConfig,
+    PlainTagger,
+    Tagger,
+    TupleTagger,
+    assert_same_run,
+    by_length,
+    new_model,
+    new_trainer,
+    packed_batch,
+    padded_batch,
+    rows,
+    sorted_packed_batch,
+    stock,
+    train,
+    transformers_from,
+)
+from tests.support.reports import Recorder, Stream, assert_same_report, assert_same_tree, compare, report
+from tests.support.warned import messages
+
+# --- shapes of outputs and labels -----------------------------------------------------------------------
+
+
+@pytest.mark.needs_patch("transformers.trainer_pt_utils:nested_detach")
+@pytest.mark.parametrize("model", [Tagger, PlainTagger, TupleTagger])
+def test_outputs_of_every_kind(tmp_path, model):
+    metrics, calls, prediction = compare(tmp_path, model, rows())
+    assert metrics["eval_accuracy"] > 0
+    assert calls[0].predictions.shape == (14, 9, 4)
+    assert prediction.label_ids.shape == (14, 9)
+
+
+def test_rows_come_in_the_order_of_the_data_set(tmp_path):
+    data = rows()
+    _, calls, _ = report(tmp_path, Tagger, packed_batch, data)
+    for row, found in zip(data, calls[0].label_ids, strict=True):
+        length = len(row["labels"])
+        assert found[:length].tolist() == row["labels"].tolist()
+        assert (found[length:] == -100).all()
+
+
+def test_packs_nested_in_a_tuple_of_outputs(tmp_path):
+    torch.manual_seed(0)
+    model = Tagger(OracleConfig(output_hidden_states=True))
+    _, calls, _ = compare(tmp_path, model, rows())
+    logits, (states, (again,)) = calls[0].predictions
+    assert logits.shape == (14, 9, 4)
+    assert states.shape == again.shape == (14, 9, HIDDEN)
+
+
+class PaddedLogits(Tagger):
+    """Packed inputs and labels, padded logits."""
+
+    def forward(self, input_ids=None, labels=None, attention_mask=None, **kwargs):
+        output = super().forward(input_ids, labels, attention_mask, **kwargs)
+        if isinstance(output.logits, PackedSequence):
+            output.logits = packing.pad(output.logits, -100)
+        return output
+
+
+class PaddedLabels(Tagger):
+    """Packed inputs and logits, padded labels."""
+
+    def forward(self, input_ids=None, labels=None, attention_mask=None, **kwargs):
+        if isinstance(input_ids, PackedSequence) and labels is not None:
+            flat = labels[labels != -1000]
+            real = torch.arange(labels.shape[1]) < packing.lengths(input_ids)[:, None]
+            flat = jagged.from_jagged(labels[real], packing.lengths(input_ids))
+            return super().forward(input_ids, flat, attention_mask, **kwargs)
+        return super().forward(input_ids, labels, attention_mask, **kwargs)
+
+
+def test_packed_labels_alone(tmp_path):
+    compare(tmp_path, PaddedLogits, rows())
+
+
+def test_packed_logits_alone(tmp_path):
+    def collate(features):
+        return {**packed_batch(features), "labels": padded_batch(features)["labels"]}
+
+    compare(tmp_path, PaddedLabels, rows(), packed=collate)
+
+
+class TwoTargets(Tagger):
+    def forward(self, input_ids=None, labels=None, weight_labels=None, row_labels=None, attention_mask=None):
+        output = super().forward(input_ids, labels, attention_mask)
+        return TokenClassifierOutput(loss=output.loss + row_labels.float().mean(), logits=output.logits)
+
+
+def test_several_label_names_of_mixed_kinds(tmp_path):
+    data = [
+        {**row, "weight_labels": row["labels"].float() / 3, "row_labels": torch.tensor(i)}
+        for i, row in enumerate(rows())
+    ]
+    found = compare(tmp_path, TwoTargets, data, label_names=["labels", "weight_labels", "row_labels"])
+    assert [array.shape for array in found[2].label_ids] == [(14, 9), (14, 9), (14,)]
+
+
+# --- arguments of the evaluation loop -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"eval_accumulation_steps": 1},
+        {"eval_accumulation_steps": 2},
+        {"batch_eval_metrics": True},
+        {"eval_do_concat_batches": False},
+        {"eval_do_concat_batches": False, "eval_accumulation_steps": 2},
+        {"eval_use_gather_object": True},
+        {"include_for_metrics": ["loss"]},
+        {"per_device_eval_batch_size": 1},
+        {"per_device_eval_batch_size": 4},
+        {"per_device_eval_batch_size": 13},
+        {"per_device_eval_batch_size": 99},
+    ],
+    ids=str,
+)
+def test_arguments_of_the_loop(tmp_path, changes):
+    if "eval_use_gather_object" in changes and Version(accelerate.__version__) <= Version("0.30.0"):
+        pytest.skip(f"accelerate {accelerate.__version__} has no gather_object for it; 0.30.1 is the first with it")
+    compare(tmp_path, Tagger, rows(), **changes)
+
+
+@pytest.mark.skipif(
+    transformers_from("5.0") or not transformers_from("4.47"),
+    reason="the legacy prediction loop went with transformers 5.0; in 4.46 it fails on padded batches, too",
+)
+@pytest.mark.parametrize("changes", [{}, {"eval_accumulation_steps": 1}, {"eval_accumulation_steps": 2}], ids=str)
+def test_the_legacy_prediction_loop(tmp_path, changes):
+    compare(tmp_path, Tagger, rows(), use_legacy_prediction_loop=True, **changes)
+
+
+@pytest.mark.parametrize("longest_first", [True, False])
+def test_a_last_batch_with_shorter_sequences_and_one_with_longer(tmp_path, longest_first):
+    data = sorted(rows(), key=lambda row: len(row["input_ids"]), reverse=longest_first)
+    compare(tmp_path, Tagger, data)
+
+
+def test_sequences_of_length_one(tmp_path):
+    found = compare(tmp_path, Tagger, rows(5, longest=1))
+    assert found[2].label_ids.shape == (5, 1)
+
+
+def test_loss_only(tmp_path):
+    found = report(tmp_path, Tagger, packed_batch, rows(), prediction_loss_only=True)
+    with stock():
+        expected = report(tmp_path, Tagger, padded_batch, rows(), prediction_loss_only=True)
+    assert_same_report(found, expected)
+    assert found[2].predictions is None
+
+
+@pytest.mark.parametrize("changes", [{}, {"batch_eval_metrics": True}, {"eval_accumulation_steps": 1}], ids=str)
+def test_inputs_for_metrics(tmp_path, changes):
+    data = rows()
+    kwargs = {"include_for_metrics": ["inputs", "loss"], **changes}
+    found = report(tmp_path, Tagger, packed_batch, data, **kwargs)
+    with stock():
+        expected = report(tmp_path, Tagger, padded_batch, data, **kwargs)
+    assert_same_report(found, expected)
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        left, right = ours.inputs, theirs.inputs
+        if changes.get("batch_eval_metrics"):
+            left, right = left["input_ids"], right["input_ids"]
+        assert left.shape == right.shape
+        left, right = torch.as_tensor(left), torch.as_tensor(right)
+        # Token ids start at 1: the padded collator fills with 0, and the Trainer with -100.
+        torch.testing.assert_close(left.clamp(min=0), right.clamp(min=0))
+        assert (left[right < 1] == -100).all()
+
+
+@pytest.mark.needs_patch("accelerate.utils.operations:pad_across_processes")
+def test_preprocessed_logits_are_padded_tensors(tmp_path):
+    shapes = []
+
+    def preprocess(logits, labels):
+        shapes.append((tuple(logits.shape), tuple(labels.shape)))
+        return logits.argmax(-1).masked_fill(labels == -100, -100)
+
+    def accuracy(prediction):
+        real = prediction.label_ids != -100
+        return {"accuracy": float((prediction.predictions[real] == prediction.label_ids[real]).mean())}
+
+    options = {"preprocess_logits_for_metrics": preprocess, "compute_metrics": accuracy}
+    found = report(tmp_path, Tagger, packed_batch, rows(), options=options)
+    ours, shapes = shapes, []
+    with stock():
+        expected = report(tmp_path, Tagger, padded_batch, rows(), options=options)
+    assert_same_report(found, expected)
+    assert ours == shapes
+    assert all(len(logits) == 3 and len(labels) == 2 for logits, labels in ours)
+
+
+@pytest.mark.needs_patch("transformers.trainer_pt_utils:find_batch_size")
+def test_number_of_samples_of_a_data_set_without_a_length(tmp_path):
+    data = rows()
+    trainer = new_trainer(
+        tmp_path, Tagger, data, packed_batch, accelerator_config={"dispatch_batches": False, "split_batches": False}
+    )
+    trainer.eval_dataset = Stream(data)
+    loop = trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation", prediction_loss_only=True)
+    assert loop.num_samples == len(data)
+    metrics = trainer.evaluate()
+    assert metrics["eval_samples_per_second"] * metrics["eval_runtime"] == pytest.approx(len(data), rel=0.2)
+
+
+# --- subclasses -----------------------------------------------------------------------------------------
+
+
+class OwnPredictionStep(Trainer):
+    """Overrides the step without calling ``super()`` and returns packs."""
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            outputs = model(**inputs)
+        return outputs["loss"], outputs["logits"], inputs["labels"]
+
+
+class OwnLoss(Trainer):
+    """Overrides the loss, on whatever kind of batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = 2 * outputs["loss"]
+        return (loss, outputs) if return_outputs else loss
+
+
+class OwnStepWithSuper(Trainer):
+    def prediction_step(self, *args, **kwargs):
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        return loss, (logits, {"again": logits}), labels
+
+
+class OwnLoop(Trainer):
+    """Collects with the helpers of transformers, and never asks accelerate to pad."""
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        from transformers.trainer_pt_utils import EvalLoopContainer, find_batch_size, nested_truncate
+        from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+
+        logits, labels, losses, count = EvalLoopContainer(), EvalLoopContainer(), [], 0
+        for inputs in dataloader:
+            count += find_batch_size(inputs)
+            loss, some_logits, some_labels = self.prediction_step(self.model, inputs, False)
+            logits.add(nested_truncate(some_logits, 99))
+            labels.add(some_labels)
+            losses.append(loss.item())
+        everything = EvalPrediction(logits.get_arrays(), labels.get_arrays())
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.compute_metrics(everything).items()}
+        metrics[f"{metric_key_prefix}_loss"] = float(np.mean(losses))
+        return EvalLoopOutput(everything.predictions, everything.label_ids, metrics, count)
+
+
+@pytest.mark.parametrize("trainer", [OwnPredictionStep, OwnLoss, OwnStepWithSuper, OwnLoop])
+def test_subclasses_are_served(tmp_path, trainer):
+    compare(tmp_path, Tagger, rows(), trainer=trainer)
+
+
+def test_metrics_never_get_a_pack():
+    from transformers import EvalPrediction
+
+    batch = packed_batch(rows(4))
+    with_packs = EvalPrediction(batch["labels"], batch["labels"], inputs={"x": [batch["input_ids"]]})
+    expected = padded_batch(rows(4))
+    assert torch.equal(with_packs.label_ids, expected["labels"])
+    assert torch.equal(with_packs.predictions, expected["labels"])
+    assert with_packs.inputs["x"][0].shape == expected["input_ids"].shape
+
+
+# --- evaluation while training --------------------------------------------------------------------------
+
+
+class KeepMetrics(TrainerCallback):
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.seen.append({k: v for k, v in metrics.items() if k in ("eval_loss", "eval_accuracy")})
+
+
+def test_best_model_and_early_stopping(tmp_path):
+    def run(directory, collate):
+        keep = KeepMetrics()
+        result = train(
+            directory,
+            Tagger,
+            rows(),
+            collate,
+            options={"compute_metrics": Recorder(), "callbacks": [keep, EarlyStoppingCallback(1)]},
+            eval_strategy="steps",
+            eval_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="accuracy",
+            num_train_epochs=8,
+            learning_rate=0.2,
+        )
+        return result, keep.seen
+
+    found, seen = run(tmp_path / "packed", packed_batch)
+    with stock():
+        expected, also_seen = run(tmp_path / "padded", padded_batch)
+    assert_same_run(found, expected, tolerance=1e-4)
+    assert len(seen) == len(also_seen) > 1
+    for left, right in zip(seen, also_seen, strict=True):
+        assert left == pytest.approx(right, rel=1e-4)
+    assert found.state.best_metric == pytest.approx(expected.state.best_metric)
+    assert found.state.global_step == expected.state.global_step < 40  # it did stop early
+    assert found.state.best_model_checkpoint.split("-")[-1] == expected.state.best_model_checkpoint.split("-")[-1]
+
+
+def test_hyperparameter_search(tmp_path):
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def search(directory, collate):
+        trainer = new_trainer(directory, Tagger, rows(), collate, options={"model_init": None}, eval_strategy="epoch")
+        trainer.model_init = lambda trial=None: new_model(Tagger)
+        trainer.compute_metrics = Recorder()
+        values = []
+        best = trainer.hyperparameter_search(
+            hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 0.01, 0.1)},
+            compute_objective=lambda metrics: values.append(metrics["eval_loss"]) or metrics["eval_loss"],
+            n_trials=2,
+            direction="minimize",
+            backend="optuna",
+            sampler=optuna.samplers.RandomSampler(seed=0),
+        )
+        return best, values
+
+    best, values = search(tmp_path / "packed", packed_batch)
+    with stock():
+        expected, also = search(tmp_path / "padded", padded_batch)
+    assert best.run_id == expected.run_id
+    assert best.hyperparameters == expected.hyperparameters
+    assert values == pytest.approx(also, rel=1e-4)
+    assert best.objective == pytest.approx(expected.objective, rel=1e-4)
+
+
+# --- what would be wrong in silence ---------------------------------------------------------------------
+
+
+class BareTagger(PlainTagger):
+    """Returns its logits alone."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return PlainTagger.forward(self, input_ids, None, attention_mask)["logits"]
+
+
+class LossOutside(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        labels = inputs.pop("labels")
+        logits = model(**inputs)
+        packed = isinstance(logits, PackedSequence)
+        flat = (logits.data, labels.data) if packed else (logits.flatten(0, 1), labels.flatten())
+        loss = torch.nn.functional.cross_entropy(*flat)
+        # Upstream cuts the first row off a bare tensor, too: what it expects beside a loss is a tuple.
+        return (loss, logits if packed else (loss, logits)) if return_outputs else loss
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_model_that_returns_a_bare_packed_sequence(tmp_path, own):
+    def predict(collate):
+        trainer = new_trainer(
+            tmp_path, BareTagger, rows(), collate, trainer=LossOutside, label_names=["labels"],
+            remove_unused_columns=False,
+        )  # fmt: skip
+        if own:  # a method that somebody set on the object
+            trainer.compute_loss = functools.partial(LossOutside.compute_loss, trainer)
+        output = trainer.predict(rows())
+        assert ("compute_loss" in vars(trainer)) == own
+        return output
+
+    found = predict(packed_batch)
+    with stock():
+        expected = predict(padded_batch)
+    real = expected.label_ids != -100
+    assert found.predictions.shape == expected.predictions.shape
+    torch.testing.assert_close(found.predictions[real], expected.predictions[real], rtol=1e-5, atol=1e-6)
+    assert_same_tree(found.label_ids, expected.label_ids)
+
+
+class DropsIndices(PlainTagger):
+    def forward(self, input_ids, labels=None, attention_mask=None):
+        output = super().forward(input_ids, labels, attention_mask)
+        return {**output, "logits": PackedSequence(output["logits"].data, output["logits"].batch_sizes)}
+
+
+def test_a_model_that_drops_the_index_tensors_is_warned_of(tmp_path):
+    options = {"label_names": ["labels"], "options": {"compute_metrics": Recorder()}}
+    trainer = new_trainer(tmp_path, DropsIndices, rows(), packed_batch, **options)
+    found = messages(trainer, "evaluate", None)
+    assert len(found) == 2
+    assert "the model's output has the lengths of 'input_ids', but only one of them has index tensors" in found[0]
+    assert "the model's output has the lengths of 'labels'" in found[1]
+    assert all("the output sorted by length" in message for message in found)
+    for collate, model in ((by_length(sorted_packed_batch), DropsIndices), (packed_batch, PlainTagger)):
+        assert messages(new_trainer(tmp_path, model, rows(), collate, **options), "evaluate", None) == []
+
+
+class WordsAndCharacters(PlainTagger):
+    """A tagger of words that also reads the characters of every word."""
+
+    def forward(self, input_ids, characters, labels=None):
+        return super().forward(input_ids, labels)
+
+
+def words_and_characters(features, first="input_ids"):
+    batch = packed_batch(features)
+    words = int(batch["input_ids"].data.shape[0])
+    batch["characters"] = pack_sequence([torch.ones(1 + n % 3) for n in range(words)], enforce_sorted=False)
+    return dict(sorted(batch.items(), key=lambda item: item[0] != first))
+
+
+def test_keys_that_differ_in_their_number_of_sequences(tmp_path):
+    options = {"label_names": ["labels"], "remove_unused_columns": False, "max_steps": 1}
+    options["accelerator_config"] = {"dispatch_batches": False, "split_batches": False}
+
+    def evaluate(collate, model=WordsAndCharacters):
+        return new_trainer(tmp_path, model, Stream(rows()), collate, **options).evaluate()["eval_loss"]
+
+    trainer = new_trainer(tmp_path, WordsAndCharacters, rows(), words_and_characters, **options)
+    (message,) = messages(trainer, "evaluate", None)
+    assert "'input_ids' has 3 sequences, 'characters' has" in message
+    assert "let the collator put the key first whose sequences are the rows of the data set" in message
+    with stock():
+        expected = evaluate(padded_batch, PlainTagger)
+    assert evaluate(words_and_characters) == pytest.approx(expected, rel=1e-5)
+
+
+def test_keys_that_differ_in_their_number_of_sequences_are_not_cut():
+    batch = words_and_characters(rows(3))
+    words = batch["input_ids"].data.shape[0]
+    with pytest.raises(ValueError, match=rf"'input_ids' has 3, 'labels' has 3, 'characters' has {words}"):
+        operations.slice_tensors(batch, slice(0, 2))
+
+
+# --- the public helpers ---------------------------------------------------------------------------------
+
+
+def test_public_helpers():
+    data = rows(5)
+    batch, expected = packed_batch(data), padded_batch(data)
+    assert torch.equal(hf_packfix.pad(batch["labels"], padding_value=-100), expected["labels"])
+    assert torch.equal(hf_packfix.pad(batch["input_ids"]), expected["input_ids"])
+    assert hf_packfix.batch_size(batch["labels"]) == 5
+    assert hf_packfix.num_tokens(batch["labels"]) == int(expected["attention_mask"].sum())
+    assert {"pad", "batch_size", "num_tokens"} <= set(dir(hf_packfix))
+    with pytest.raises(AttributeError, match="has no attribute 'padd'"):
+        _ = hf_packfix.padd

@@ -1,0 +1,295 @@
+"""``enable(fast_rnn=True)`` and ``HF_PACKFIX_FAST_RNN``: everybody's own layers, when asked."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+
+import hf_packfix
+from hf_packfix import HFPackfixWarning
+from hf_packfix.activation import environment
+from hf_packfix.patches import FAST_RNN
+from hf_packfix.patches.targets import resolve
+from tests.support import interpreters
+
+ROOT = Path(__file__).parents[2]
+OURS = {"LSTMFunctionBackward", "GRUFunctionBackward", "ElmanFunctionBackward"}
+LAYERS = [nn.LSTM, nn.GRU, nn.RNN]
+ORIGINALS = {kind: vars(kind)["forward"] for kind in LAYERS}
+
+
+@pytest.fixture(autouse=True)
+def off_again() -> Iterator[None]:
+    yield
+    hf_packfix.enable(fast_rnn=False)
+
+
+def new_pack() -> PackedSequence:
+    torch.manual_seed(0)
+    return pack_sequence([torch.randn(n, 3) for n in (12, 30, 7)], enforce_sorted=False)
+
+
+def is_fast(layer: nn.Module) -> bool:
+    """Return whether a layer trains with our backward; its results are torch's all the same."""
+    pack = new_pack()
+    output = layer(pack)[0].data
+    with torch.no_grad():
+        torch.testing.assert_close(output, layer(pack)[0].data)
+    seen: set[Any] = set()
+    nodes = [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    return any(type(node).__name__ in OURS for node in seen)
+
+
+def states() -> set[str]:
+    return {patch.state for patch in hf_packfix.status().patches if patch.target.startswith("torch.nn.modules.rnn:")}
+
+
+# --- the words ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_off_unless_asked_for(kind):
+    assert not is_fast(kind(3, 4))
+    assert vars(kind)["forward"] is ORIGINALS[kind]
+    assert states() == {"off"}
+    listed = [str(patch) for patch in hf_packfix.status().patches if patch.target.endswith(f"{kind.__name__}.forward")]
+    assert len(listed) == 1
+    assert "hf_packfix.enable(fast_rnn=True) or HF_PACKFIX_FAST_RNN=1 turns it on" in listed[0]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_on_and_off(kind):
+    layer = kind(3, 4)
+    hf_packfix.enable(fast_rnn=True)
+    assert states() == {"applied"}
+    assert is_fast(layer)
+    wrapper = vars(kind)["forward"]
+    hf_packfix.enable()
+    hf_packfix.enable(fast_rnn=True)
+    assert vars(kind)["forward"] is wrapper
+    assert wrapper.__wrapped__ is ORIGINALS[kind]
+    assert hf_packfix.is_enabled()
+    hf_packfix.enable(fast_rnn=False)
+    assert hf_packfix.is_enabled()
+    assert vars(kind)["forward"] is ORIGINALS[kind]
+    hf_packfix.enable()
+    assert not is_fast(layer)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_disable_turns_it_off_until_it_is_asked_for_again(kind):
+    hf_packfix.enable(fast_rnn=True)
+    hf_packfix.disable()
+    assert vars(kind)["forward"] is ORIGINALS[kind]
+    assert states() == {"off"}
+    hf_packfix.enable()
+    assert not is_fast(kind(3, 4))
+
+
+def test_what_the_environment_asks_for_holds_where_the_word_is_left_out(monkeypatch):
+    monkeypatch.setenv("HF_PACKFIX_FAST_RNN", "1")
+    hf_packfix.enable()
+    assert states() == {"off"}  # enabled already: as it is
+    hf_packfix.disable()
+    hf_packfix.enable()
+    assert states() == {"applied"}
+    hf_packfix.enable(fast_rnn=False)
+    assert states() == {"off"}
+    hf_packfix.disable()
+    hf_packfix.enable(fast_rnn=False)
+    assert states() == {"off"}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("1", True), (" ON ", True), ("0", False), ("no", False), ("", False), ("force", None), ("2", None)],
+)
+def test_values(monkeypatch, value, expected):
+    monkeypatch.setenv("HF_PACKFIX_FAST_RNN", value)
+    assert environment.fast_rnn() is expected
+
+
+def test_an_unknown_value_is_named(monkeypatch):
+    hf_packfix.disable()
+    monkeypatch.setenv("HF_PACKFIX_FAST_RNN", "fast")
+    with pytest.warns(HFPackfixWarning, match="HF_PACKFIX_FAST_RNN='fast' is not one of: 1, true, yes, on, 0"):
+        hf_packfix.enable()
+    assert states() == {"off"}
+
+
+TRAINS = """
+import sys
+{before}
+import torch
+from torch.nn.utils.rnn import pack_sequence
+layer = torch.nn.GRU(3, 4)
+output = layer(pack_sequence([torch.randn(9, 3), torch.randn(8, 3)]))[0].data
+print(type(output.grad_fn).__name__, "hf_packfix" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "variables", "fast"),
+    [
+        ("import hf_packfix", {"HF_PACKFIX_FAST_RNN": "1"}, True),
+        ("import torch, hf_packfix", {"HF_PACKFIX_FAST_RNN": "1"}, True),
+        ("import hf_packfix", {}, False),
+        ("import hf_packfix", {"HF_PACKFIX_FAST_RNN": "1", "HF_PACKFIX": "0"}, False),
+        ("import hf_packfix; hf_packfix.enable(fast_rnn=False)", {"HF_PACKFIX_FAST_RNN": "1"}, False),
+        ("import hf_packfix; hf_packfix.enable(fast_rnn=True)", {}, True),
+        ("", {"HF_PACKFIX_FAST_RNN": "1"}, False),
+    ],
+)
+def test_in_a_fresh_interpreter(before, variables, fast):
+    environment = {k: v for k, v in interpreters.environment().items() if not k.startswith("HF_PACKFIX")} | variables
+    printed = subprocess.check_output(
+        [sys.executable, "-c", TRAINS.format(before=before)], text=True, env=environment, timeout=300
+    ).split()
+    assert (printed[0] == "GRUFunctionBackward") == fast
+    assert (printed[1] == "True") == bool(before)
+
+
+# --- the layers of others -------------------------------------------------------------------------------
+
+
+class Scaled(nn.LSTM):
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        output, state = super().forward(input, hx)
+        return output._replace(data=2 * output.data), state
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(3, 4)
+
+    def forward(self, padded: Tensor) -> Tensor:
+        packed = pack_padded_sequence(padded, torch.tensor([12, 9]), enforce_sorted=True)
+        return self.rnn(packed)[0].data
+
+
+def test_subclasses_that_call_super():
+    scaled = Scaled(3, 4)
+    hf_packfix.enable(fast_rnn=True)
+    assert is_fast(scaled)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_hooks_copies_and_pickles(kind):
+    hf_packfix.enable(fast_rnn=True)
+    layer, seen = kind(3, 4), []
+    layer.register_forward_hook(lambda *_: seen.append("after"))
+    layer.register_forward_pre_hook(lambda *_: seen.append("before"))
+    layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+    copied = copy.deepcopy(layer)
+    for one in (layer, copied):
+        assert is_fast(one)
+    assert seen.count("before") == seen.count("after") == 4
+    layer(new_pack())[1][0].sum().backward()
+    again = pickle.loads(pickle.dumps(kind(3, 4)))
+    assert is_fast(again)
+    function = vars(kind)["forward"]
+    assert pickle.loads(pickle.dumps(function)) is function
+    assert b"hf_packfix" not in pickle.dumps(function)
+    assert inspect.getsource(function) == inspect.getsource(ORIGINALS[kind])
+    assert inspect.signature(function) == inspect.signature(ORIGINALS[kind])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_padded_and_unbatched_inputs_go_to_the_original(kind):
+    layer = kind(3, 4)
+    inputs = [torch.randn(5, 2, 3), torch.randn(5, 3)]
+    expected = [layer(value)[0] for value in inputs]
+    hf_packfix.enable(fast_rnn=True)
+    for value, output in zip(inputs, expected, strict=True):
+        assert torch.equal(layer(value)[0], output)
+    with pytest.raises(ValueError, match="Expected input to be 2D or 3D"):
+        layer(torch.randn(1, 1, 1, 3))
+
+
+def test_scripting_and_compiling():
+    model, padded = Model(), torch.randn(12, 2, 3)
+    expected = model(padded)
+    hf_packfix.enable(fast_rnn=True)
+    scripted = torch.jit.script(model)
+    assert torch.equal(scripted(padded), expected)
+    # "eager" captures and runs the graphs without a compiler.
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(compiled(padded), expected)
+    for patch in FAST_RNN:
+        assert patch.active
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_functional_calls_use_the_weights_given(kind):
+    hf_packfix.enable(fast_rnn=True)
+    layer, pack = kind(3, 4), new_pack()
+    doubled = {name: (2 * value).detach().requires_grad_() for name, value in layer.named_parameters()}
+    found = torch.func.functional_call(layer, doubled, (pack,))[0].data
+    hf_packfix.enable(fast_rnn=False)
+    torch.testing.assert_close(found, torch.func.functional_call(layer, doubled, (pack,))[0].data)
+
+
+def test_a_wrapper_around_ours_is_left_standing(monkeypatch):
+    hf_packfix.enable(fast_rnn=True)
+    ours = nn.GRU.forward
+
+    def theirs(self: Any, input: Any, hx: Any = None) -> Any:
+        return ours(self, input, hx)
+
+    theirs.__wrapped__ = ours  # type: ignore[attr-defined]
+    monkeypatch.setattr(nn.GRU, "forward", theirs)
+    assert hf_packfix.is_enabled()
+    assert is_fast(nn.GRU(3, 4))
+    hf_packfix.enable(fast_rnn=False)
+    assert nn.GRU.forward is theirs
+    assert not is_fast(nn.GRU(3, 4))
+
+
+def test_a_second_copy_takes_over(tmp_path):
+    copied = shutil.copytree(ROOT / "hf_packfix", tmp_path / "their_packfix", ignore=shutil.ignore_patterns("*.pyc"))
+    for path in copied.rglob("*.py"):
+        path.write_text(
+            path.read_text().replace("hf_packfix", "their_packfix").replace("_their_packfix", "_hf_packfix")
+        )
+    code = f"""
+    import sys
+    sys.path.insert(0, {str(tmp_path)!r})
+    import torch, hf_packfix
+    original = torch.nn.GRU.forward
+    hf_packfix.enable(fast_rnn=True)
+    import their_packfix
+    their_packfix.enable(fast_rnn=True)
+    assert torch.nn.GRU.forward.__wrapped__ is original
+    assert their_packfix.is_enabled() and not hf_packfix.is_enabled()
+    their_packfix.disable()
+    assert torch.nn.GRU.forward is original
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_PACKFIX")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment, timeout=300)
+
+
+@pytest.mark.parametrize("patch", FAST_RNN, ids=lambda patch: patch.path)
+def test_upstream_is_what_the_patch_was_written_for(patch):
+    original = resolve(patch.module, patch.path)[1]
+    assert tuple(inspect.signature(original).parameters) == patch.parameters

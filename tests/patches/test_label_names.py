@@ -1,0 +1,193 @@
+"""Evaluation without a loss, since ``label_names`` does not name the target: the warning, and what it advises."""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer
+
+import hf_packfix
+from tests.support.oracle import Classifier, PlainTagger, Row, new_trainer, packed_batch, padded_batch, rows, stock
+from tests.support.warned import messages
+
+
+def advised(message: str) -> list[str]:
+    """Return the label names that a warning advises."""
+    (found,) = re.findall(r"TrainingArguments\(label_names=(\[[^\]]*\])\)", message)
+    names: list[str] = ast.literal_eval(found)
+    return names
+
+
+def renaming(**names: str) -> Callable[[Callable[[list[Row]], Any]], Callable[[list[Row]], Any]]:
+    """Return what gives the keys of a collator's batch other names."""
+    return lambda collate: lambda features: {names.get(k, k): v for k, v in collate(features).items()}
+
+
+class OtherNames(PlainTagger):
+    def forward(self, x, targets=None, attention_mask=None):
+        return super().forward(x, targets, attention_mask)
+
+
+class RequiredTarget(PlainTagger):
+    def forward(self, x, targets, attention_mask=None):
+        return super().forward(x, targets, attention_mask)
+
+
+class Gold(PlainTagger):
+    def forward(self, x, gold=None, attention_mask=None):
+        return super().forward(x, gold, attention_mask)
+
+
+class MainInputLast(PlainTagger):
+    main_input_name = "x"
+
+    def forward(self, gold=None, attention_mask=None, x=None):
+        return super().forward(x, gold, attention_mask)
+
+
+class RowTargets(Classifier):
+    """A transformers model; its target is a tensor ``[B]``, its input packed."""
+
+    def forward(self, x=None, targets=None, attention_mask=None):
+        return super().forward(x, targets, attention_mask)
+
+
+@pytest.mark.needs_patch(
+    "transformers.trainer:Trainer.evaluation_loop", "transformers.trainer:Trainer.prediction_step"
+)
+@pytest.mark.parametrize("metrics", [False, True])
+@pytest.mark.parametrize(
+    ("model", "target", "labels"),
+    [
+        (OtherNames, "targets", "tokens"),
+        (RequiredTarget, "targets", "tokens"),
+        (RowTargets, "targets", "row"),
+        (Gold, "gold", "tokens"),
+        (MainInputLast, "gold", "tokens"),
+    ],
+)
+def test_the_target_is_named_and_the_advice_gives_the_loss(tmp_path, model, target, labels, metrics):
+    data = rows(labels=labels)
+    rename = renaming(input_ids="x", labels=target)
+    options = {"compute_metrics": lambda p: {"n": len(p.label_ids)}} if metrics else {}
+
+    def build(collate: Any, **changes: Any) -> Trainer:
+        return new_trainer(
+            tmp_path, model, data, rename(collate), remove_unused_columns=False, options=options, **changes
+        )
+
+    trainer = build(packed_batch)
+    (message,) = messages(trainer, "evaluate", None)
+    assert f"label_names is [], the batch has the keys ['x', '{target}']" in message
+    assert f"name the target: TrainingArguments(label_names=['{target}'])" in message
+    assert "eval_loss" not in trainer.evaluate()
+    followed = build(packed_batch, label_names=advised(message))
+    assert messages(followed, "evaluate", None) == []
+    with stock():
+        expected = build(padded_batch, label_names=[target]).evaluate()
+    found = followed.evaluate()
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+    assert found.get("eval_n") == expected.get("eval_n") == (len(data) if metrics else None)
+
+
+class SignatureAlone(PlainTagger):
+    """A model of which only the signature of its ``forward`` matters."""
+
+    def forward(self, x):
+        raise NotImplementedError
+
+    def __call__(self, **inputs):
+        return {"logits": torch.zeros(len(inputs))}
+
+
+CASES: dict[str, tuple[Callable[..., Any], list[str], list[str] | None, str]] = {
+    # What the model does not take is the target.
+    "taken out by the Trainer": (lambda x, mask=None: None, ["x", "mask", "gold"], None, "name the target: .*'gold'"),
+    "a required parameter": (lambda x, gold: None, ["x", "gold"], None, "if 'gold' is the target, name it: .*'gold'"),
+    "two of them": (
+        lambda x, a=None, b=None: None,
+        ["x", "a", "b"],
+        None,
+        r"if 'a' or 'b' is the target, name it: .*label_names=\['b'\]",
+    ),
+    "beside inputs that one may leave out": (
+        lambda x, gold=None, token_type_ids=None, inputs_embeds=None: None,
+        ["x", "token_type_ids", "inputs_embeds", "gold"],
+        None,
+        r"name the target: .*label_names=\['gold'\]",
+    ),
+    "the target first": (lambda x, targets: None, ["targets", "x"], None, r"name the target: .*\['targets'\]"),
+    "positions": (
+        lambda x, **kwargs: None,
+        ["x", "start_positions", "end_positions"],
+        ["labels"],
+        r"label_names is \['labels'\], .* name the target: .*label_names=\['start_positions', 'end_positions'\]",
+    ),
+    "one of two names": (
+        lambda x, labels=None, next_label=None: None,
+        ["x", "labels"],
+        ["labels", "next_label"],
+        r"label_names is \['labels', 'next_label'\], .* name the target: .*label_names=\['labels'\]",
+    ),
+    "no target": (lambda x: None, ["x"], None, "none of them looks like a target: let the collator return it"),
+    "a model of any keys": (lambda **kwargs: None, ["x", "more"], None, "if 'more' is the target"),
+    "no signature": (type, ["x", "gold"], None, "if 'gold' is the target, name it"),
+}
+
+
+@pytest.mark.parametrize(("forward", "keys", "names", "message"), CASES.values(), ids=CASES)
+def test_which_key_is_advised(tmp_path, forward, keys, names, message):
+    def collate(features: list[Row]) -> Any:
+        packed = packed_batch(features)
+        return {key: packed["input_ids"] if key == "x" else torch.ones(len(features)) for key in keys}
+
+    options = {"remove_unused_columns": False} | ({} if names is None else {"label_names": names})
+    trainer = new_trainer(tmp_path, SignatureAlone, rows(4), collate, **options)
+    trainer.model.forward = forward
+    (found,) = messages(trainer, "evaluate", None)
+    assert re.search(message, found), found
+    assert "'x'" not in found.partition("; ")[2]
+
+
+def test_a_model_that_returns_a_loss_without_labels(tmp_path):
+    class Contrastive(PlainTagger):
+        def forward(self, input_ids, return_loss=True):
+            logits = super().forward(input_ids)["logits"]
+            return {"loss": logits.data.mean(), "logits": logits}
+
+    def collate(features: list[Row]) -> Any:
+        return {"input_ids": packed_batch(features)["input_ids"]}
+
+    trainer = new_trainer(tmp_path, Contrastive, rows(), collate)
+    assert messages(trainer, "evaluate", None) == []
+    assert "eval_loss" in trainer.evaluate()
+
+    def without(features: list[Row]) -> Any:
+        return {**collate(features), "return_loss": False}
+
+    (message,) = messages(new_trainer(tmp_path, Contrastive, rows(), without), "evaluate", None)
+    assert "none of them looks like a target" in message
+
+
+def test_no_word_where_there_is_nothing_to_say(tmp_path):
+    rename = renaming(input_ids="x", labels="targets")
+    trainer = new_trainer(tmp_path, OtherNames, rows(), rename(packed_batch), remove_unused_columns=False)
+    assert messages(trainer, "predict", rows()) == []
+    padded = new_trainer(tmp_path, OtherNames, rows(), rename(padded_batch), remove_unused_columns=False)
+    assert messages(padded, "evaluate", None) == []
+    covered = new_trainer(tmp_path, PlainTagger, rows(), packed_batch, label_names=["labels"])
+    assert messages(covered, "evaluate", None) == []
+
+
+def test_a_step_outside_of_an_evaluation_warns_of_nothing(tmp_path):
+    rename = renaming(input_ids="x", labels="targets")
+    trainer = new_trainer(tmp_path, OtherNames, rows(), rename(packed_batch), remove_unused_columns=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", hf_packfix.HFPackfixWarning)
+        trainer.prediction_step(trainer.model, rename(packed_batch)(rows(3)), False)

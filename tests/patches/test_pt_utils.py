@@ -1,0 +1,123 @@
+"""``transformers.trainer_pt_utils`` leaf by leaf: what the Trainer seldom hands over, and users of it may."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers.trainer_pt_utils as pt_utils
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from transformers import EvalPrediction
+from transformers.trainer_pt_utils import LabelSmoother
+
+from hf_packfix.packing.packed import pad
+from tests.support.oracle import packed_batch, padded_batch, rows, stock
+
+PIECES = [torch.tensor([1, 0]), torch.tensor([2, 2, 1]), torch.tensor([0])]
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+def logits_and_labels() -> tuple[PackedSequence, PackedSequence]:
+    labels = pack_sequence(PIECES, enforce_sorted=False)
+    generator = torch.Generator().manual_seed(0)
+    return labels._replace(data=torch.randn(len(labels.data), 3, generator=generator)), labels
+
+
+@pytest.mark.parametrize("shift_labels", [False, True])
+@pytest.mark.parametrize("which", ["both", "logits", "labels", "other packing"])
+@pytest.mark.parametrize("kind", [dict, tuple])
+def test_smoothing_over_packs_is_smoothing_over_their_padded_tensors(shift_labels, which, kind):
+    logits, labels = logits_and_labels()
+    expected = LabelSmoother()({"logits": pad(logits)}, pad(labels, -100), shift_labels=shift_labels)
+    if which == "logits":
+        labels = pad(labels, -100)
+    elif which == "labels":
+        logits = pad(logits)
+    elif which == "other packing":  # the same sequences, with those of one length the other way round
+        pieces = [pad(logits)[row, : len(piece)] for row, piece in enumerate(PIECES)]
+        order = sorted(range(3), key=lambda row: -len(pieces[row]))
+        logits = pack_sequence(pieces, enforce_sorted=False)
+        assert logits.sorted_indices.tolist() == order
+    output = {"logits": logits} if kind is dict else (logits, None)
+    found = LabelSmoother()(output, labels, shift_labels=shift_labels)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shift_labels", [False, True])
+@pytest.mark.parametrize("labels_are_packed", [False, True])
+def test_smoothing_over_the_bare_logits_of_a_model(shift_labels, labels_are_packed):
+    # As many classes as steps: taken for a tuple, the rows of the data would pass for padded logits.
+    logits, labels = logits_and_labels()
+    expected = LabelSmoother()({"logits": pad(logits)}, pad(labels, -100), shift_labels=shift_labels)
+    found = LabelSmoother()(logits, labels if labels_are_packed else pad(labels, -100), shift_labels=shift_labels)
+    torch.testing.assert_close(found, expected)
+
+
+def test_smoothing_names_lengths_that_differ():
+    logits, _ = logits_and_labels()
+    other = pack_sequence([torch.tensor([1]), torch.tensor([2, 2, 1]), torch.tensor([0, 1])], enforce_sorted=False)
+    with pytest.raises(ValueError, match=r"lengths \[2, 3, 1\], the packed labels \[1, 3, 2\]"):
+        LabelSmoother()({"logits": logits}, other)
+
+
+def test_named_tuples_are_concatenated_field_by_field():
+    pack = pack_sequence(PIECES, enforce_sorted=False)
+    first, second = Pair(pack, (torch.ones(3, 2),)), Pair(pack, (torch.zeros(3, 4),))
+    found = pt_utils.nested_concat(first, second, padding_index=7)
+    assert type(found) is Pair
+    assert torch.equal(found.first, torch.cat([pad(pack, 7)] * 2))
+    assert torch.equal(found.second[0][:3, 2:], torch.full((3, 2), 7.0))
+    with pytest.raises(AssertionError):  # stock's own: of two types
+        pt_utils.nested_concat(first, tuple(second))
+
+
+def test_named_tuples_are_cut_and_turned_into_arrays_field_by_field():
+    pack = pack_sequence(PIECES, enforce_sorted=False)
+    tree = Pair(pack, [torch.ones(3)])
+    cut = pt_utils.nested_truncate(tree, 2)
+    assert type(cut) is Pair
+    assert pad(cut.first).tolist() == [[1, 0, 0], [2, 2, 1]]
+    assert cut.second[0].shape == (2,)
+    arrays = pt_utils.nested_numpify(tree)
+    assert type(arrays) is Pair
+    assert arrays.first.tolist() == [[1, 0, -100], [2, 2, 1], [0, -100, -100]]
+    gradients = pt_utils.nested_detach(Pair(pack._replace(data=torch.ones(6, requires_grad=True)), ()))
+    assert type(gradients) is Pair
+    assert not gradients.first.data.requires_grad
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        pytest.param(
+            lambda labels: pt_utils.nested_concat(labels, labels, padding_index=-100),
+            id="concatenated",
+            marks=pytest.mark.needs_patch("transformers.trainer_pt_utils:nested_concat"),
+        ),
+        pytest.param(
+            lambda labels: pt_utils.nested_numpify(labels),
+            id="as arrays",
+            marks=pytest.mark.needs_patch("transformers.trainer_pt_utils:nested_numpify"),
+        ),
+        pytest.param(
+            lambda labels: pt_utils.nested_numpify(pt_utils.nested_truncate(labels, 2)),
+            id="cut",
+            marks=pytest.mark.needs_patch("transformers.trainer_pt_utils:nested_truncate"),
+        ),
+        pytest.param(
+            lambda labels: EvalPrediction(labels, labels).label_ids,
+            id="for metrics",
+            marks=pytest.mark.needs_patch("transformers.trainer_utils:EvalPrediction.__init__"),
+        ),
+    ],
+)
+def test_packed_labels_become_what_padded_ones_do(convert):
+    with stock():
+        expected = convert(padded_batch(rows(4))["labels"])
+    found = convert(packed_batch(rows(4))["labels"])
+    assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))

@@ -1,0 +1,304 @@
+"""Training on packed batches equals training on the same rows padded and masked."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.utils.rnn import PackedSequence
+from transformers import BatchEncoding, BatchFeature, Trainer
+
+from tests.support import oracle
+from tests.support.oracle import (
+    Classifier,
+    PlainClassifier,
+    PlainTagger,
+    Tagger,
+    assert_same_run,
+    by_length,
+    count_items,
+    packed_batch,
+    padded_batch,
+    rows,
+    sorted_packed_batch,
+    stock,
+    train,
+    transformers_from,
+)
+
+COUNTS_ITEMS = pytest.mark.needs_patch("transformers.trainer:Trainer._get_num_items_in_batch")
+MODELS = [(Classifier, "row"), (PlainClassifier, "row"), (Tagger, "tokens"), (PlainTagger, "tokens")]
+
+
+@pytest.mark.needs_patch("transformers.trainer:Trainer._prepare_input")
+@pytest.mark.parametrize(("model", "labels"), MODELS)
+def test_every_step_equals_the_padded_run(tmp_path, model, labels):
+    data = rows(labels=labels)
+    packed = train(tmp_path, model, data, packed_batch)
+    with stock():
+        padded = train(tmp_path, model, data, padded_batch)
+    assert_same_run(packed, padded)
+
+
+@pytest.mark.parametrize(("model", "labels"), MODELS)
+def test_stock_fails_with_the_plugin_off(tmp_path, model, labels):
+    # The day this passes, upstream has fixed it.
+    with stock(), pytest.raises(AssertionError):
+        train(tmp_path, model, rows(labels=labels), packed_batch)
+
+
+def test_a_subclass_defined_before_activation_is_served(tmp_path):
+    with stock():
+
+        class MyTrainer(Trainer):
+            pass
+
+    packed = train(tmp_path, Tagger, rows(), packed_batch, trainer=MyTrainer)
+    with stock():
+        padded = train(tmp_path, Tagger, rows(), padded_batch)
+    assert_same_run(packed, padded)
+
+
+@pytest.mark.parametrize("wrap", [BatchEncoding, BatchFeature, dict])
+def test_batch_types_of_collators(tmp_path, wrap):
+    packed = train(tmp_path, Tagger, rows(), lambda features: wrap(packed_batch(features)))
+    with stock():
+        padded = train(tmp_path, Tagger, rows(), padded_batch)
+    assert_same_run(packed, padded)
+
+
+def test_sorted_packs_without_indices(tmp_path):
+    packed = train(tmp_path, Tagger, rows(), by_length(sorted_packed_batch))
+    with stock():
+        padded = train(tmp_path, Tagger, rows(), by_length(padded_batch))
+    assert_same_run(packed, padded)
+
+
+def test_data_loader_workers(tmp_path):
+    packed = train(tmp_path, Tagger, rows(), packed_batch, dataloader_num_workers=2)
+    with stock():
+        padded = train(tmp_path, Tagger, rows(), padded_batch)
+    assert_same_run(packed, padded)
+
+
+def test_resume_from_checkpoint(tmp_path, monkeypatch):
+    if not transformers_from("4.47"):
+        # It loads the state of NumPy's generator as torch before 2.6 allowed by default.
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
+    whole = train(tmp_path / "packed", Tagger, rows(), packed_batch, **options)
+    resumed = train(
+        tmp_path / "packed",
+        Tagger,
+        rows(),
+        packed_batch,
+        resume=str(tmp_path / "packed/checkpoint-4"),
+        **options,
+    )
+    with stock():
+        padded = train(tmp_path / "padded", Tagger, rows(), padded_batch, **options)
+    assert len(resumed.losses) == len(whole.losses)
+    assert_same_run(resumed, padded)
+
+
+# --- gradient accumulation ------------------------------------------------------------------------------
+
+
+def sum_of_losses(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    """A ``compute_loss_func`` as users write it: the sum over the items, divided by their number."""
+    logits = outputs["logits"]
+    if isinstance(logits, PackedSequence):
+        logits, labels = logits.data, labels.data
+    else:
+        logits, labels = logits.flatten(0, 1), labels.flatten()
+    items = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
+    return torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / items
+
+
+@pytest.mark.parametrize("steps", [1, *(pytest.param(steps, marks=COUNTS_ITEMS) for steps in (2, 3))])
+@pytest.mark.parametrize("model", [Tagger, PlainTagger])
+def test_gradient_accumulation_with_a_loss_function(tmp_path, model, steps):
+    options = {"options": {"compute_loss_func": sum_of_losses}, "gradient_accumulation_steps": steps}
+    packed = train(tmp_path, model, rows(), packed_batch, **options)
+    with stock():
+        padded = train(tmp_path, model, rows(), padded_batch, **options)
+    assert_same_run(packed, padded)
+
+
+def test_gradient_accumulation_without_a_loss_function(tmp_path):
+    packed = train(tmp_path, Tagger, rows(), packed_batch, gradient_accumulation_steps=3)
+    with stock():
+        padded = train(tmp_path, Tagger, rows(), padded_batch, gradient_accumulation_steps=3)
+    assert_same_run(packed, padded)
+
+
+@pytest.mark.parametrize("shifts", [False, True])
+def test_number_of_items(tmp_path, shifts):
+    trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
+    trainer._loss_shifts_labels = shifts
+    groups = [rows(5, seed=1), rows(3, seed=2), rows(1, seed=3)]
+    packed = count_items(trainer, [packed_batch(group) for group in groups])
+    with stock():
+        padded = count_items(trainer, [padded_batch(group) for group in groups])
+        silent = count_items(trainer, [packed_batch(group) for group in groups])
+    assert int(packed) == int(padded) > 0
+    assert silent is None
+
+
+def test_number_of_items_with_two_labels_a_step(tmp_path):
+    trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
+    twofold = [{**row, "labels": torch.stack([row["labels"], row["labels"].clamp(min=0)], -1)} for row in rows(5)]
+    packed = count_items(trainer, [packed_batch(twofold)])
+    with stock():
+        padded = count_items(trainer, [padded_batch(twofold)])
+    assert int(packed) == int(padded) > sum(len(row["labels"]) for row in twofold)
+
+
+def test_number_of_items_of_nothing(tmp_path):
+    trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
+    nothing = PackedSequence(torch.ones(0).long(), torch.ones(0).long())
+    alone = count_items(trainer, [packed_batch(rows(5))])
+    assert int(count_items(trainer, [{"labels": nothing}, packed_batch(rows(5))])) == int(alone) > 0
+
+
+def test_number_of_items_takes_shift_labels_as_they_are(tmp_path):
+    trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
+    trainer._loss_shifts_labels = True
+    renamed = [{**row, "shift_labels": row["labels"]} for row in rows(5)]
+    packed = count_items(trainer, [packed_batch(renamed)])
+    with stock():
+        padded = count_items(trainer, [padded_batch(renamed)])
+    assert int(packed) == int(padded) > 0
+
+
+def test_the_batches_of_the_iterator_come_back(tmp_path):
+    trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
+    batches = [packed_batch(rows(3)), padded_batch(rows(2)), packed_batch(rows(1))]
+    iterator, device = iter(batches), [torch.device("cpu")] if transformers_from("4.50") else []
+    first, _ = trainer.get_batch_samples(iterator, 2, *device)
+    assert [id(batch) for batch in first] == [id(batch) for batch in batches[:2]]
+    rest, _ = trainer.get_batch_samples(iterator, 2, *device)
+    assert [id(batch) for batch in rest] == [id(batches[2])]
+
+
+# --- counting -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs_patch("transformers.trainer:Trainer.floating_point_ops")
+def test_floating_point_operations_count_the_real_tokens(tmp_path):
+    data = rows()
+    run = train(tmp_path, Tagger, data, packed_batch)
+    model = run.trainer.model
+    tokens = sum(len(row["input_ids"]) for row in data)
+    assert run.state.total_flos == 2 * 6 * tokens * model.num_parameters(exclude_embeddings=True)
+    with stock():  # one row a batch has no padding, so stock counts the same
+        alone = train(tmp_path, Tagger, data, padded_batch, per_device_train_batch_size=1)
+    assert alone.state.total_flos == run.state.total_flos
+
+
+class WatchingTagger(Tagger):
+    """Keeps the types of what it is given."""
+
+    def forward(self, input_ids=None, labels=None, attention_mask=None, **loss_kwargs):
+        self.fed = {type(input_ids), type(labels)} | ({type(attention_mask)} - {type(None)})
+        return super().forward(input_ids, labels, None, **loss_kwargs)
+
+
+# 4.46 has one mode, which any true value selects.
+@pytest.mark.needs_patch(
+    "transformers.trainer:Trainer._track_num_input_tokens", "transformers.trainer:Trainer.get_batch_samples"
+)
+@pytest.mark.parametrize("mode", [True, "all", "non_padding"])
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+@pytest.mark.parametrize("wrap", [dict, BatchEncoding])
+def test_input_tokens_seen_are_the_sum_of_the_lengths(tmp_path, mode, with_mask, with_tokenizer, wrap):
+    data = rows()
+    if with_mask:
+        data = [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in data]
+    tokenizer = SimpleNamespace(pad_token_id=0, model_input_names=["input_ids"], save_pretrained=None)
+    options = {"processing_class": tokenizer} if with_tokenizer else {}
+    run = train(
+        tmp_path,
+        WatchingTagger,
+        data,
+        lambda features: wrap(packed_batch(features)),
+        options=options,
+        include_num_input_tokens_seen=mode,
+    )
+    assert run.trainer.model.fed == {PackedSequence}
+    assert run.state.num_input_tokens_seen == 2 * sum(len(row["input_ids"]) for row in data)
+    with stock():  # one row a batch has no padding, so stock counts the same in every mode
+        alone = train(
+            tmp_path,
+            Tagger,
+            rows(),
+            padded_batch,
+            options=options,
+            include_num_input_tokens_seen=mode,
+            per_device_train_batch_size=1,
+        )
+    assert alone.state.num_input_tokens_seen == run.state.num_input_tokens_seen
+
+
+def test_tokens_are_counted_in_accumulated_steps_and_items_as_well(tmp_path):
+    options = {
+        "options": {"compute_loss_func": sum_of_losses},
+        "gradient_accumulation_steps": 3,
+        "include_num_input_tokens_seen": True,
+    }
+    data = rows(18)  # six batches: 4.46 leaves out what does not fill the last step
+    packed = train(tmp_path, Tagger, data, packed_batch, **options)
+    with stock():
+        padded = train(tmp_path, Tagger, data, padded_batch, **options)
+    assert_same_run(packed, padded)
+    assert packed.state.num_input_tokens_seen == 2 * sum(len(row["input_ids"]) for row in data)
+
+
+# --- label smoothing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs_patch("transformers.trainer_pt_utils:LabelSmoother.__call__")
+@pytest.mark.parametrize("steps", [1, 3])
+def test_label_smoothing(tmp_path, steps):
+    options = {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": steps}
+    packed = train(tmp_path, Tagger, rows(), packed_batch, **options)
+    with stock():
+        padded = train(tmp_path, Tagger, rows(), padded_batch, **options)
+        plain = train(tmp_path, Tagger, rows(), padded_batch, gradient_accumulation_steps=steps)
+    assert_same_run(packed, padded)
+    assert abs(padded.losses[-1] - plain.losses[-1]) > 1e-4  # it does smooth
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("packed_side", ["both", "logits", "labels", "both, packed apart"])
+def test_label_smoother_on_any_mix(shift, packed_side):
+    from torch.nn.utils.rnn import pack_sequence
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    data = rows(6, seed=4)
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(len(row["labels"]), 5, generator=generator) for row in data]
+    padded = padded_batch([{"logits": x, "labels": row["labels"]} for x, row in zip(logits, data, strict=True)])
+    packed = packed_batch([{"logits": x, "labels": row["labels"]} for x, row in zip(logits, data, strict=True)])
+    mixed_logits = padded["logits"] if packed_side == "labels" else packed["logits"]
+    mixed_labels = padded["labels"] if packed_side == "logits" else packed["labels"]
+    if packed_side == "both, packed apart":
+        order = sorted(range(6), key=lambda i: (-len(logits[i]), -i))
+        again = pack_sequence([data[i]["labels"] for i in order])
+        mixed_labels = PackedSequence(again.data, again.batch_sizes, torch.tensor(order))
+    smoother = LabelSmoother(epsilon=0.3)
+    found = smoother({"logits": mixed_logits}, mixed_labels, shift_labels=shift)
+    with stock():
+        expected = smoother({"logits": padded["logits"]}, padded["labels"], shift_labels=shift)
+    torch.testing.assert_close(found, expected)
+
+
+def test_label_smoother_names_lengths_that_differ():
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    batch = packed_batch([{"logits": torch.randn(3, 5), "labels": torch.zeros(2).long()}])
+    with pytest.raises(ValueError, match=r"lengths \[3\].*packed labels \[2\]"):
+        LabelSmoother()({"logits": batch["logits"]}, batch["labels"])

@@ -1,0 +1,83 @@
+"""The same sequences in every layout a recurrent model reads, and a reference that computes step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+LAYOUTS = ["packed", "right", "left", "holes"]
+
+
+def arrange(layout: str, sequences: list[Tensor], fill: float = 0) -> tuple[Any, Tensor | None]:
+    """Return the sequences in a layout, and their attention mask where there is padding.
+
+    Args:
+        layout: "packed", or where the padding of a padded tensor stands: "right", "left", or "holes" for
+            everywhere.
+        sequences: tensors ``[T, *]``.
+        fill: what stands at padding.
+    """
+    if layout == "packed":
+        return pack_sequence(sequences, enforce_sorted=False), None
+    width = 2 + max(map(len, sequences))
+    mask = torch.zeros(len(sequences), width, dtype=torch.int64)
+    padded = torch.full((*mask.shape, *sequences[0].shape[1:]), fill, dtype=sequences[0].dtype)
+    for row, sequence in enumerate(sequences):
+        for step, value in enumerate(sequence):
+            place = {
+                "right": step,
+                "left": width - len(sequence) + step,
+                "holes": width - 1 - (len(sequence) - 1 - step) * (width - 1) // max(1, len(sequence) - 1),
+            }[layout]
+            mask[row, place] = 1
+            padded[row, place] = value
+    return padded, mask
+
+
+def sequences_of(result: Any, mask: Tensor | None) -> list[Tensor]:
+    """Return the sequences ``[T, *]`` of a result in a layout, in original order."""
+    if isinstance(result, PackedSequence):
+        padded, lengths = torch.nn.utils.rnn.pad_packed_sequence(result, batch_first=True)
+        return [row[:length] for row, length in zip(padded, lengths, strict=True)]
+    assert mask is not None
+    return [row[real.bool()] for row, real in zip(result, mask, strict=True)]
+
+
+def run(
+    rnn: torch.nn.RNNBase, steps: Tensor, start: tuple[Tensor, Tensor | None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run one sequence ``[T, D]`` through a network, cell by cell, without dropout.
+
+    Args:
+        rnn: the network, of which only the weights are used.
+        steps: the sequence.
+        start: the hidden and the cell state of every layer before it, ``[L, H]``; zeros by default.
+
+    Returns:
+        The last layer's outputs ``[T, O]``, and the hidden state of every layer and direction at its end.
+    """
+    finals = []
+    for layer in range(rnn.num_layers):
+        outputs = []
+        for suffix in ["", "_reverse"][: 1 + rnn.bidirectional]:
+            weights = [
+                getattr(rnn, f"{name}_l{layer}{suffix}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            ]
+            hidden = cell = steps.new_zeros(1, rnn.hidden_size)
+            if start is not None:
+                hidden, cell = (None if state is None else state[layer][None] for state in start)
+            states = []
+            for step in steps.flip(0) if suffix else steps:
+                if rnn.mode == "LSTM":
+                    hidden, cell = torch.lstm_cell(step[None], (hidden, cell), *weights)
+                else:
+                    function = torch.gru_cell if rnn.mode == "GRU" else torch.rnn_tanh_cell
+                    hidden = function(step[None], hidden, *weights)
+                states.append(hidden)
+            outputs.append(torch.cat(states[::-1] if suffix else states))
+            finals.append(hidden)
+        steps = torch.cat(outputs, dim=1)
+    return steps, torch.cat(finals)

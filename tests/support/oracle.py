@@ -1,0 +1,360 @@
+"""The oracle: the stock Trainer on the same rows padded and masked, next to the packed batch.
+
+The models run a padded batch without packing it: a unidirectional GRU over the padded tensor, masked
+afterwards. So the padded run shares no code with what is tested.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
+
+import hf_packfix
+
+VOCABULARY, CLASSES, HIDDEN = 17, 4, 8
+Row = dict[str, Any]
+
+
+def transformers_from(version: str) -> bool:
+    """Tell whether the transformers under test is at least this version."""
+    return Version(transformers.__version__) >= Version(version)
+
+
+@contextlib.contextmanager
+def stock() -> Iterator[None]:
+    """Run with every patch taken off."""
+    hf_packfix.disable()
+    try:
+        yield
+    finally:
+        hf_packfix.enable()
+
+
+# --- rows and collators ---------------------------------------------------------------------------------
+
+
+def rows(
+    count: int = 14, *, longest: int = 9, seed: int = 0, labels: str = "tokens", ignored: float = 0.2
+) -> list[Row]:
+    """Return rows of token ids ``[T]`` of lengths 1 to ``longest``, never sorted by length.
+
+    Args:
+        count: the number of rows.
+        longest: the longest length; the first row has length 1 and the second has this one.
+        seed: of the lengths and the contents.
+        labels: "tokens" for one label a step (a part of them -100), "row" for one label a row.
+        ignored: the share of token labels that are -100.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator)
+    lengths[:2] = torch.tensor([1, longest])[: len(lengths[:2])]
+    result = []
+    for length in lengths.tolist():
+        ids = torch.randint(1, VOCABULARY, (length,), generator=generator)
+        if labels == "row":
+            target = ids[-1] % CLASSES
+        else:
+            target = (ids + torch.arange(length)) % CLASSES
+            target[torch.rand(length, generator=generator) < ignored] = -100
+        result.append({"input_ids": ids, "labels": target})
+    return result
+
+
+def padded_batch(features: list[Row]) -> dict[str, Any]:
+    """Collate to right-padded tensors, with an attention mask and -100 behind the end of labels."""
+    batch: dict[str, Any] = {}
+    for key in features[0]:
+        values = [feature[key] for feature in features]
+        if torch.as_tensor(values[0]).dim() == 0:
+            batch[key] = torch.stack([torch.as_tensor(value) for value in values])
+        else:
+            filling = -100 if "label" in key else 0
+            batch[key] = pad_sequence(values, batch_first=True, padding_value=filling)
+    first = next(iter(features[0]))
+    batch["attention_mask"] = pad_sequence([torch.ones(len(f[first])).long() for f in features], True)
+    return batch
+
+
+def packed_batch(features: list[Row]) -> dict[str, Any]:
+    """Collate to PackedSequences in the order of the rows."""
+    batch: dict[str, Any] = {}
+    for key in features[0]:
+        values = [feature[key] for feature in features]
+        if torch.as_tensor(values[0]).dim() == 0:
+            batch[key] = torch.stack([torch.as_tensor(value) for value in values])
+        else:
+            batch[key] = pack_sequence(values, enforce_sorted=False)
+    return batch
+
+
+def by_length(collate: Callable[[list[Row]], Any]) -> Callable[[list[Row]], Any]:
+    """Sort the rows of a batch from the longest down before collating them."""
+    return lambda features: collate(sorted(features, key=lambda f: -len(f["input_ids"])))
+
+
+def sorted_packed_batch(features: list[Row]) -> dict[str, Any]:
+    """Collate rows that are sorted already: both index tensors are None."""
+    keys = [key for key in features[0] if torch.as_tensor(features[0][key]).dim()]
+    rest = {k: torch.stack([f[k] for f in features]) for k in features[0] if k not in keys}
+    return {k: pack_sequence([f[k] for f in features]) for k in keys} | rest
+
+
+# --- models ---------------------------------------------------------------------------------------------
+
+
+class OracleConfig(PretrainedConfig):
+    model_type = "hf-packfix-oracle"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = []
+
+
+def _build(module: nn.Module) -> None:
+    module.embedding = nn.Embedding(VOCABULARY, HIDDEN)
+    module.gru = nn.GRU(HIDDEN, HIDDEN, batch_first=True)
+    module.head = nn.Linear(HIDDEN, CLASSES)
+
+
+def _mean_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+    total = cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    items = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / torch.as_tensor(items).clamp(min=1)
+
+
+def _tag(
+    module: Any, input_ids: Any, labels: Any, num_items_in_batch: Any, attention_mask: Any = None
+) -> dict[str, Any]:
+    packed = isinstance(input_ids, PackedSequence)
+    if packed:
+        states = module.gru(input_ids._replace(data=module.embedding(input_ids.data)))[0]
+        logits: Any = states._replace(data=module.head(states.data))
+    else:
+        states = module.gru(module.embedding(input_ids))[0]
+        logits = module.head(states)
+    result = {"logits": logits}
+    if labels is not None:
+        flat_logits = logits.data if packed else logits.flatten(0, 1)
+        flat_labels = labels.data if packed else labels.flatten()
+        result = {"loss": _mean_loss(flat_logits, flat_labels, num_items_in_batch), **result}
+    if not packed and attention_mask is not None:
+        # Masked: what stands behind the end of a row is what the Trainer fills rows with.
+        behind = attention_mask.eq(0).unsqueeze(-1)
+        result["logits"] = logits.masked_fill(behind, -100)
+        states = states.masked_fill(behind, -100)
+    return {**result, "states": states}
+
+
+def _classify(module: Any, input_ids: Any, labels: Any, attention_mask: Any) -> dict[str, Any]:
+    if isinstance(input_ids, PackedSequence):
+        last = module.gru(input_ids._replace(data=module.embedding(input_ids.data)))[1][-1]
+    else:
+        states = module.gru(module.embedding(input_ids))[0]
+        last = states[torch.arange(len(states)), attention_mask.sum(1) - 1]
+    logits = module.head(last)
+    return {"logits": logits} if labels is None else {"loss": cross_entropy(logits, labels), "logits": logits}
+
+
+class Tagger(PreTrainedModel):
+    """One label a step; takes ``num_items_in_batch`` as transformers' own models do."""
+
+    config_class = OracleConfig
+
+    def __init__(self, config: OracleConfig) -> None:
+        super().__init__(config)
+        _build(self)
+        self.post_init()
+
+    def forward(
+        self, input_ids: Any = None, labels: Any = None, attention_mask: Any = None, **loss_kwargs: Any
+    ) -> TokenClassifierOutput:
+        # By that name, since it is what 4.46 tells a model by that takes `num_items_in_batch`.
+        result = _tag(self, input_ids, labels, loss_kwargs.get("num_items_in_batch"), attention_mask)
+        states = result.pop("states")
+        trees = (states, (states,)) if self.config.output_hidden_states else None
+        return TokenClassifierOutput(**result, hidden_states=trees)
+
+
+class Classifier(PreTrainedModel):
+    """One label a row, from the state after the last real step."""
+
+    config_class = OracleConfig
+
+    def __init__(self, config: OracleConfig) -> None:
+        super().__init__(config)
+        _build(self)
+        self.post_init()
+
+    def forward(
+        self, input_ids: Any = None, labels: Any = None, attention_mask: Any = None
+    ) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(**_classify(self, input_ids, labels, attention_mask))
+
+
+class PlainTagger(nn.Module):
+    """The tagger as a module that transformers knows nothing about; outputs are a plain dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _build(self)
+
+    def forward(self, input_ids: Any, labels: Any = None, attention_mask: Any = None) -> dict[str, Any]:
+        result = _tag(self, input_ids, labels, None, attention_mask)
+        del result["states"]
+        return result
+
+
+class TupleTagger(PlainTagger):
+    """The tagger with its outputs in a plain tuple."""
+
+    def forward(self, input_ids: Any, labels: Any = None, attention_mask: Any = None) -> Any:
+        return tuple(super().forward(input_ids, labels, attention_mask).values())
+
+
+class PlainClassifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        _build(self)
+
+    def forward(self, input_ids: Any, labels: Any = None, attention_mask: Any = None) -> dict[str, Any]:
+        return _classify(self, input_ids, labels, attention_mask)
+
+
+def new_model(kind: type[nn.Module], seed: int = 0) -> nn.Module:
+    """Return a model with weights that depend on the seed alone."""
+    torch.manual_seed(seed)
+    return kind(OracleConfig()) if issubclass(kind, PreTrainedModel) else kind()
+
+
+# --- running --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What a training run reported.
+
+    Attributes:
+        losses: the logged loss of every optimizer step.
+        grad_norms: the logged gradient norm of every optimizer step.
+        state: the Trainer's state at the end.
+        weights: the trained weights, by name.
+    """
+
+    losses: list[float]
+    grad_norms: list[float]
+    state: Any
+    weights: dict[str, Tensor]
+    trainer: Trainer = field(repr=False)
+
+
+def arguments(directory: Path | str, trainer: type[Trainer] = Trainer, **changes: Any) -> TrainingArguments:
+    """Return arguments for a short, silent CPU run that logs every step."""
+    values: dict[str, Any] = {
+        "output_dir": str(directory),
+        "per_device_train_batch_size": 3,
+        "per_device_eval_batch_size": 3,
+        "num_train_epochs": 2,
+        "learning_rate": 0.05,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    kind = Seq2SeqTrainingArguments if issubclass(trainer, Seq2SeqTrainer) else TrainingArguments
+    return kind(**{**values, **changes})
+
+
+def new_trainer(
+    directory: Path,
+    model: nn.Module | type[nn.Module],
+    data: Any,
+    collate: Callable[[list[Row]], Any],
+    *,
+    trainer: type[Trainer] = Trainer,
+    options: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Trainer:
+    """Return a Trainer over ``data`` for training and evaluation.
+
+    Args:
+        directory: the output directory.
+        model: a model, or the class of a new one.
+        data: the rows.
+        collate: the collator.
+        trainer: the Trainer class.
+        options: further arguments of the Trainer.
+        **changes: arguments that differ from :func:`arguments`.
+    """
+    return trainer(
+        model=new_model(model) if isinstance(model, type) else model,
+        args=arguments(directory, trainer, **changes),
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=collate,
+        **(options or {}),
+    )
+
+
+def count_real_tokens(trainer: Trainer) -> None:
+    """Let ``num_input_tokens_seen`` of a Trainer on padded batches leave out the padding.
+
+    That is what "non_padding" is for, which transformers did not always know: before, it counts all of a tensor.
+    """
+    if "non_padding" in inspect.getsource(transformers.training_args):
+        return
+    step = trainer.training_step
+
+    def training_step(model: nn.Module, inputs: Any, *args: Any) -> Any:
+        padding = trainer.accelerator.gather(inputs["attention_mask"].eq(0).sum()).sum()
+        trainer.state.num_input_tokens_seen -= int(padding)
+        return step(model, inputs, *args)
+
+    trainer.training_step = training_step  # type: ignore[method-assign]
+
+
+def count_items(trainer: Trainer, batches: list[Any]) -> Any:
+    """Return ``num_items_in_batch`` as the training loop gets it for these batches."""
+    device = [torch.device("cpu")] if transformers_from("4.50") else []
+    return trainer.get_batch_samples(iter(batches), len(batches), *device)[1]
+
+
+def train(*args: Any, resume: Any = None, **kwargs: Any) -> Run:
+    """Train as :func:`new_trainer` says and return what was reported."""
+    trainer = new_trainer(*args, **kwargs)
+    trainer.train(resume_from_checkpoint=resume)
+    steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    return Run(
+        losses=[entry["loss"] for entry in steps],
+        grad_norms=[float(entry["grad_norm"]) for entry in steps],
+        state=trainer.state,
+        weights={name: value.detach().clone() for name, value in trainer.model.state_dict().items()},
+        trainer=trainer,
+    )
+
+
+def assert_same_run(packed: Run, padded: Run, tolerance: float = 2e-5) -> None:
+    """Compare losses and gradient norms of every step, and the weights at the end."""
+    assert len(packed.losses) == len(padded.losses) > 0
+    torch.testing.assert_close(packed.losses, padded.losses, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(packed.grad_norms, padded.grad_norms, rtol=10 * tolerance, atol=tolerance)
+    for name, weight in padded.weights.items():
+        torch.testing.assert_close(packed.weights[name], weight, rtol=10 * tolerance, atol=tolerance)
