@@ -72,7 +72,7 @@ PARTS = {
 CACHE = Path(tempfile.gettempdir()) / "hf_packfix_matrix"
 
 #: What the tests import besides the pair itself.
-TOOLS = ["datasets", "hypothesis", "optuna", "psutil", "pytest", "pytest-timeout"]
+TOOLS = ["datasets", "hypothesis", "optuna", "psutil", "pytest", "pytest-timeout", "pytest-xdist"]
 
 
 @dataclass(frozen=True)

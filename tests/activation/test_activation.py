@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pack_sequence
 from transformers import Trainer
 
 import hf_packfix
-from hf_packfix import activation
-from hf_packfix.activation import versions
+from hf_packfix.activation import applying, versions
+from hf_packfix.activation.state import state
 from hf_packfix.patches import PATCHES
 from tests.support.oracle import stock
 from tests.support.packs import bare_trainer, some_pack
@@ -26,6 +26,7 @@ from tests.support.programs import TRAINS, run
 PATCH = patch_of("transformers.trainer:Trainer._prepare_input")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [
@@ -63,6 +64,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
 def test_any_order_with_a_foreign_patch(order):
     on = next(step for step in reversed(order) if step in ("import", "disable", "enable")) != "disable"
@@ -217,10 +219,10 @@ def test_an_import_hook_never_raises(monkeypatch, caplog):
     def damaged():
         raise RuntimeError("the patches cannot be read")
 
-    monkeypatch.setattr(activation, "_failures", set())
+    monkeypatch.setattr(state, "failures", set())
     with monkeypatch.context() as broken:
-        broken.setattr(activation, "_patches", damaged)
-        activation.on_module_imported(sys.modules["transformers.trainer"])
+        broken.setattr(applying, "requested_patches", damaged)
+        applying.on_module_imported(sys.modules["transformers.trainer"])
     assert "could not patch transformers.trainer: RuntimeError: the patches cannot be read" in caplog.text
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.interpreters import interpret, run
 
+pytestmark = pytest.mark.slow  # starts many processes
+
 THREADS = """
 def together(togglers, toggle, trainers):
     # Toggles from `togglers` threads until all trainers are through; returns their losses and the toggles.

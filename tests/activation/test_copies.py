@@ -17,6 +17,8 @@ from hf_packfix.patches.patch import Patch
 from hf_packfix.patches.targets import resolve
 from tests.support.oracle import PlainTagger, Tagger, new_trainer, packed_batch, padded_batch, rows, stock
 
+pytestmark = pytest.mark.slow  # starts many processes
+
 
 def trained(trainer: Trainer) -> list[float]:
     """Train with a new optimizer, and return the losses."""

@@ -13,6 +13,8 @@ import pytest
 from tests.support.future import Edit, release
 from tests.support.interpreters import environment
 
+pytestmark = pytest.mark.slow  # starts many processes
+
 TRAINER, PT_UTILS = "transformers.trainer:Trainer", "transformers.trainer_pt_utils"
 
 #: Trains, evaluates and generates, packed and padded, and prints what was reported and what came out.

@@ -6,6 +6,8 @@ import pytest
 
 from tests.support.interpreters import interpret
 
+pytestmark = pytest.mark.slow  # starts many processes
+
 #: A finder that loads the modules of some packages by itself, as those of typeguard, jaxtyping and comet_ml do.
 FINDER = """
 import sys

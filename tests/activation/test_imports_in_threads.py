@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.support.programs import TRAINS
 from tests.support.programs import run as run_program
+
+pytestmark = pytest.mark.slow  # starts many processes
 
 #: A deadlock ends the program, and shows where every thread stands.
 BEGIN = """

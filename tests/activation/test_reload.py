@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.interpreters import ROOT, run
 
+pytestmark = pytest.mark.slow  # starts many processes
+
 RELOADS = """
 import importlib
 

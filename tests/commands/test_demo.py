@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # starts many processes
+
 
 def demo(directory, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

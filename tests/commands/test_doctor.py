@@ -99,7 +99,7 @@ BAD = "HF_PACKFIX_FAST_RNN='fast' is not one of: 1, true, yes, on, 0, false, no,
     ],
 )
 def test_the_variable_of_the_fast_layers(value, line, problems):
-    code = "from hf_packfix import doctor; doctor.run([], as_json=True); doctor.run([], as_json=False)"
+    code = "from hf_packfix.commands import doctor; doctor.run([], as_json=True); doctor.run([], as_json=False)"
     env = environment()
     env.pop("HF_PACKFIX_FAST_RNN", None)
     if value is not None:

@@ -19,6 +19,8 @@ import pytest
 
 from tests.support.installed import ROOT, Environment, interpreters
 
+pytestmark = pytest.mark.slow  # starts many processes
+
 RUN = ["-m", "hf_packfix", "run"]
 
 #: What a program can see of how it was started; it is read late, from elsewhere, and in another thread.

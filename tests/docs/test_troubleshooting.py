@@ -142,7 +142,7 @@ def test_batches_that_cannot_be_made(trainer):
         "Length of all samples has to be greater than 0", lambda: pack_sequence([rows[0], empty], enforce_sorted=False)
     )
     fails_with(
-        "is empty: drop empty sequences", lambda: DataCollatorForPackedSequence()([{"x": empty}, {"x": rows[0]}])
+        "is empty: there is nothing to pack", lambda: DataCollatorForPackedSequence()([{"x": empty}, {"x": rows[0]}])
     )
 
 

@@ -7,22 +7,31 @@ shows nothing of GPUs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 
-from tests.support.oracle import Row, assert_same_run, new_trainer, packed_batch, padded_batch, stock, train
+from tests.support.oracle import Row, assert_same_run, new_trainer, packed_batch, padded_batch, rows, stock, train
 
-__all__ = ["DEVICE", "ON_GPU", "compare_evaluation", "compare_training", "on_device"]
+__all__ = ["DEVICE", "ON_GPU", "Stream", "compare_evaluation", "compare_training", "on_device"]
 
 ON_GPU = torch.cuda.is_available()
 #: None if there is no GPU.
 DEVICE: Any = torch.device("cuda", 0) if ON_GPU else None
 if not ON_GPU and os.environ.get("HF_PACKFIX_TEST_GPU_ON_CPU") == "1":
     DEVICE = torch.device("cpu")
+
+
+class Stream(IterableDataset[Row]):
+    """Rows without a length."""
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(rows())
+
 
 Collator = Callable[[list[Row]], Any]
 

@@ -12,8 +12,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from transformers import BatchFeature, Trainer
 
-from tests.gpu.device import DEVICE, ON_GPU, on_device
-from tests.gpu.test_training import Stream
+from tests.gpu.device import DEVICE, ON_GPU, Stream, on_device
 from tests.support.oracle import Tagger, by_length, new_trainer, packed_batch, padded_batch, rows, sorted_packed_batch
 
 pytestmark = pytest.mark.gpu

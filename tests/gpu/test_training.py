@@ -5,22 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import IterableDataset
 
 from hf_packfix.models import RecurrentConfig, RecurrentForTokenClassification
-from tests.gpu.device import ON_GPU, compare_training
+from tests.gpu.device import ON_GPU, Stream, compare_training
 from tests.support.oracle import (
     CLASSES,
     VOCABULARY,
     Classifier,
     PlainTagger,
-    Row,
     Tagger,
     by_length,
     padded_batch,
@@ -85,13 +82,6 @@ def test_torch_compile(tmp_path: Path) -> None:
         changes["tf32"] = False  # which the Trainer turns on otherwise when it compiles
     compiled = {"torch_compile": True, "torch_compile_backend": "inductor" if ON_GPU else "eager"}
     compare_training(tmp_path, Tagger, rows(9), only_packed=compiled, **changes)
-
-
-class Stream(IterableDataset[Row]):
-    """Rows without a length."""
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(rows())
 
 
 @pytest.mark.parametrize("dispatch", [True, False])

@@ -5,6 +5,7 @@ Real processes, over gloo and the loopback interface; the padded run has the sam
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -18,11 +19,12 @@ import pytest
 import torch
 from accelerate.utils import DistributedType, operations
 from torch.nn.utils.rnn import pack_sequence
+from transformers import Trainer
 
 import hf_packfix
 from hf_packfix.packing import jagged
 from hf_packfix.packing import packed as packing
-from hf_packfix.packing.jagged import has_lengths
+from hf_packfix.packing.evaluation import has_lengths
 from tests.support import stuck
 from tests.support.distributed_worker import numbered, scenarios
 from tests.support.installed import ROOT
@@ -124,6 +126,8 @@ def test_the_trainer_reports_what_the_padded_run_reports(results, name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("language model")])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_language_model_trains_alike_in_every_layout(results, name, layout):
+    if "[..., 1:]" not in inspect.getsource(Trainer):
+        pytest.skip("this release counts the first label of each padded sequence, too, which no model predicts")
     for rank in results:
         found, expected = rank[name]["packed"][layout], rank[name]["padded"]["right"]
         assert len(found["losses"]) == len(expected["losses"]) > 0

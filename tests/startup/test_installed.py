@@ -13,6 +13,8 @@ from hf_packfix.patches import FAST_RNN, PATCHES
 from tests.drift import state_here
 from tests.support.installed import ROOT, STARTUP_FILES, Environment, wheel
 
+pytestmark = pytest.mark.slow  # starts many processes
+
 TRAIN = """
 import multiprocessing, sys, torch
 from torch.nn.utils.rnn import pack_sequence

@@ -17,6 +17,8 @@ import pytest
 from hf_packfix.activation.versions import NEWEST_TESTED
 from tests.support.installed import Environment
 
+pytestmark = pytest.mark.slow  # starts many processes
+
 METADATA = f"Metadata-Version: 2.1\nName: transformers\nVersion: {NEWEST_TESTED['transformers']}\n"
 DIST_INFO = f"transformers-{NEWEST_TESTED['transformers']}.dist-info"
 # The exit status is one that nobody else has.
