@@ -23,11 +23,11 @@ class HFPackfixWarning(UserWarning):
 def warn_once(message: str, *, cause: str | None = None) -> None:
     """Warn with an :class:`HFPackfixWarning` that points at the user's own line.
 
-    Says nothing in a distributed run's other processes.
+    In a distributed run only the process of rank 0 warns.
 
     Args:
-        message: what to say.
-        cause: what to say it once for; the message by default.
+        message: of the warning.
+        cause: a second warning with the same cause is not shown; the message by default.
     """
     cause = cause or message
     if cause not in _warned and is_main_process():
@@ -41,7 +41,7 @@ def in_a_line(error: BaseException) -> str:
 
 
 def is_main_process() -> bool:
-    """Tell whether to speak at all: in a distributed run, the process of rank 0 does (``RANK``, as torchrun sets)."""
+    """Return whether this process warns and logs: in a distributed run, that of rank 0 (``RANK``, set by torchrun)."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -153,7 +153,7 @@ def _is_within(module: str, package: str) -> bool:
 
 
 def _calls_super(cls: type[Any], method: str) -> bool:
-    """Tell whether a class's own method hands over to that of a parent: read from the names in its code."""
+    """Return whether a class's own method calls that of a parent: read from the names in its code."""
     names = _names(vars(cls)[method])
     # The name of the method alone could be a call of itself, which the original makes for what is nested.
     return method in names and not names.isdisjoint({"super", *(base.__name__ for base in cls.__mro__[1:])})

@@ -1,6 +1,6 @@
 """Losses over steps and over sequences, the same for padded and packed batches.
 
-As in transformers (``loss/loss_utils.py``), a label of -100 is ignored, and where the Trainer hands over
+As in transformers (``loss/loss_utils.py``), a label of -100 is ignored, and if the Trainer passes
 ``num_items_in_batch`` a loss is the sum divided by it, so that accumulated gradients weigh every label alike.
 """
 

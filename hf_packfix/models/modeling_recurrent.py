@@ -157,7 +157,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
             use_cache: whether to return the final state; ``config.use_cache`` by default.
             return_dict: False for a plain tuple; ``config.return_dict`` by default.
             cache: the same as ``past_key_values``, by its name from transformers 5.24 on.
-            **kwargs: ignored; transformers hands over more than a recurrent model has.
+            **kwargs: ignored; transformers passes more than a recurrent model has.
 
         Raises:
             ValueError: the inputs are missing, of the other kind or of another shape; a mask does not fit

@@ -195,7 +195,7 @@ def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
 
 
 def same_packing(first: PackedSequence, second: PackedSequence) -> bool:
-    """Tell whether row i of both ``data`` tensors is the same step of the same sequence."""
+    """Return whether row i of both ``data`` tensors is the same step of the same sequence."""
     check(first, wait=False)
     check(second, wait=False)
     if not torch.equal(first.batch_sizes, second.batch_sizes):

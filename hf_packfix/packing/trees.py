@@ -114,7 +114,7 @@ def packed_in(tree: Any) -> Iterator[PackedSequence]:
 
 
 def contains(tree: Any, kind: type = PackedSequence, leaves: Collection[type] = LEAVES) -> bool:
-    """Tell whether there is a PackedSequence anywhere in ``tree``.
+    """Return whether there is a PackedSequence anywhere in ``tree``.
 
     Args:
         tree: a nested batch, or what describes one.
@@ -137,7 +137,7 @@ def contains(tree: Any, kind: type = PackedSequence, leaves: Collection[type] = 
 
 
 def contains_namedtuple(tree: Any) -> bool:
-    """Tell whether there is a named tuple, a PackedSequence or another, in ``tree``."""
+    """Return whether there is a named tuple, a PackedSequence or another, in ``tree``."""
     if type(tree) in LEAVES:
         return False
     if isinstance(tree, tuple) and is_namedtuple(tree):

@@ -19,7 +19,7 @@ def packed() -> PackedSequence:
 
 
 def is_on_meta(value: Any) -> bool:
-    """Tell whether ``value`` is a pack of which every field that must move is on ``meta``, and no other.
+    """Return whether ``value`` is a PackedSequence with every field that must move on ``meta``, and no other.
 
     ``meta`` is a second device that every build of torch has.
     """

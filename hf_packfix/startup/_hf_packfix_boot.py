@@ -127,7 +127,7 @@ class _Loader:
         return self._loader.load_module(fullname)
 
     def _withdraw(self, module: "Any") -> None:
-        """Put the wrapped loader back, unless somebody has put another there."""
+        """Put the wrapped loader back, unless third-party code has put another one there."""
         for owner, name in ((self._spec, "loader"), (module, "__loader__")):
             if getattr(owner, name, None) is self:
                 try:  # noqa: SIM105
