@@ -23,6 +23,7 @@ import torch.distributed as dist
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader
+from accelerate.state import GradientState
 from accelerate.utils import operations
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
@@ -227,6 +228,7 @@ def of_rank(rank: int) -> list[torch.Tensor]:
 
 
 def gathering(packed: bool) -> dict[str, Any]:
+    GradientState._reset_state()  # up to accelerate 0.34 the last evaluation's number of rows stays in it
     accelerator = Accelerator()
     own = of_rank(accelerator.process_index)
     value: Any = pack_sequence(own, enforce_sorted=False)
