@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_packfix.models.upstream import CACHE_NAME, GenerationMixin, rename_state
 from hf_packfix.packing.packed import PackedSequence, pad_left, with_data
@@ -82,6 +82,7 @@ class RecurrentGenerationMixin(GenerationMixin):
     """``generate()`` with the recurrent state as the cache; prompts may be packed."""
 
     config: Any
+    lm_head: nn.Linear
     # A state cannot be rolled back: transformers refuses assisted generation by this mark.
     _is_stateful = True
 
@@ -89,6 +90,14 @@ class RecurrentGenerationMixin(GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         # Keeps transformers from handing over a cache of keys and values; the model makes its own.
         return False
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """Return the head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Replace the head."""
+        self.lm_head = new_embeddings
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as ``GenerationMixin.generate`` does, from prompts in any layout.

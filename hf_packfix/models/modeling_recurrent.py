@@ -27,6 +27,7 @@ from hf_packfix.models.upstream import (
     CACHE_NAME,
     CausalLMOutputWithPast,
     ModelOutput,
+    PretrainedConfig,
     PreTrainedModel,
     SequenceClassifierOutput,
     TokenClassifierOutput,
@@ -181,12 +182,13 @@ class RecurrentModel(RecurrentPreTrainedModel):
             steps = unpack(steps, real)
         width = inputs.batch_sizes.numel() if isinstance(inputs, PackedSequence) else inputs.shape[1]
         final = RecurrentCache.from_state(state, width + (0 if begun is None else begun.seen_steps))
+        keep_state = self.config.use_cache if use_cache is None else use_cache
         output = RecurrentModelOutput(
             last_hidden_state=steps,
             pooler_output=final.hidden_state[-self.config.num_directions :].transpose(0, 1).flatten(1),
-            recurrent_state=final if _default(use_cache, self.config.use_cache) else None,
+            recurrent_state=final if keep_state else None,
         )
-        return _result(output, _default(return_dict, self.config.return_dict))
+        return returned(output, self.config, return_dict)
 
     def _embed(self, inputs: Tensor) -> Tensor:
         if self.embeddings is None:
@@ -214,7 +216,18 @@ class RecurrentModel(RecurrentPreTrainedModel):
         return inputs
 
 
-class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
+class _Classifier(RecurrentPreTrainedModel):
+    """The network and a linear layer on top, to the logits of the labels."""
+
+    def __init__(self, config: RecurrentConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.recurrent = RecurrentModel(config)
+        self.classifier = nn.Linear(config.output_size, cast(int, config.num_labels))
+        self.post_init()
+
+
+class RecurrentForSequenceClassification(_Classifier):
     """One prediction for each sequence, from the state after the last real step.
 
     Example:
@@ -224,13 +237,6 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
         >>> RecurrentForSequenceClassification(config)(ids, labels=torch.tensor([0, 2])).logits.shape
         torch.Size([2, 3])
     """
-
-    def __init__(self, config: RecurrentConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.recurrent = RecurrentModel(config)
-        self.classifier = nn.Linear(config.output_size, cast(int, config.num_labels))
-        self.post_init()
 
     def forward(
         self,
@@ -261,12 +267,10 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
         output = self.recurrent(input_ids, attention_mask, input_values, use_cache=False, return_dict=True)
         logits = self.classifier(output.pooler_output)
         loss = None if labels is None else sequence_loss(logits, labels, self.config, num_items_in_batch)
-        return _result(
-            SequenceClassifierOutput(loss=loss, logits=logits), _default(return_dict, self.config.return_dict)
-        )
+        return returned(SequenceClassifierOutput(loss=loss, logits=logits), self.config, return_dict)
 
 
-class RecurrentForTokenClassification(RecurrentPreTrainedModel):
+class RecurrentForTokenClassification(_Classifier):
     """One prediction for each step.
 
     Example:
@@ -276,13 +280,6 @@ class RecurrentForTokenClassification(RecurrentPreTrainedModel):
         >>> RecurrentForTokenClassification(config)(ids).logits.data.shape
         torch.Size([5, 3])
     """
-
-    def __init__(self, config: RecurrentConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.recurrent = RecurrentModel(config)
-        self.classifier = nn.Linear(config.output_size, cast(int, config.num_labels))
-        self.post_init()
 
     def forward(
         self,
@@ -313,7 +310,7 @@ class RecurrentForTokenClassification(RecurrentPreTrainedModel):
         loss = None
         if labels is not None:
             loss = step_loss(logits, step_labels(labels, logits, attention_mask), num_items_in_batch)
-        return _result(TokenClassifierOutput(loss=loss, logits=logits), _default(return_dict, self.config.return_dict))
+        return returned(TokenClassifierOutput(loss=loss, logits=logits), self.config, return_dict)
 
     def labels_in_loss(self, inputs: Mapping[str, Any]) -> Steps:
         """Return the labels as the loss uses them, -100 at padding; the Trainer counts these.
@@ -357,14 +354,6 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
         self.recurrent = RecurrentModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """Return the head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: Any) -> None:
-        """Replace the head."""
-        self.lm_head = new_embeddings
 
     def forward(
         self,
@@ -415,10 +404,8 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
         if labels is not None:
             targets = next_labels(step_labels(labels, logits, attention_mask), attention_mask)
             loss = step_loss(logits, targets, num_items_in_batch)
-        return _result(
-            CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: output.recurrent_state}),
-            _default(return_dict, self.config.return_dict),
-        )
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: output.recurrent_state})
+        return returned(result, self.config, return_dict)
 
     def labels_in_loss(self, inputs: Mapping[str, Any]) -> Steps:
         """Return for every step the label that its logits predict: the next real step's, or -100.
@@ -440,9 +427,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
         return next_labels(step_labels(labels, inputs.get("input_ids", labels), mask), mask)
 
 
-def _default(value: bool | None, otherwise: bool | None) -> bool:
-    return bool(otherwise) if value is None else value
-
-
-def _result(output: Output, return_dict: bool) -> Output | tuple[Any, ...]:
-    return output if return_dict else output.to_tuple()
+def returned(output: Output, config: PretrainedConfig, return_dict: bool | None) -> Output | tuple[Any, ...]:
+    """Return the output, or its values in a tuple where ``return_dict``, or else the configuration, is False."""
+    as_dict = config.return_dict if return_dict is None else return_dict
+    return output if as_dict else output.to_tuple()

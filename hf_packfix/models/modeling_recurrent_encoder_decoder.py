@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_packfix.models.configuration_recurrent_encoder_decoder import RecurrentEncoderDecoderConfig
 from hf_packfix.models.generation import RecurrentCache, RecurrentGenerationMixin
 from hf_packfix.models.loss import shift_right, step_labels, step_loss
-from hf_packfix.models.modeling_recurrent import RecurrentModel, RecurrentModelOutput
+from hf_packfix.models.modeling_recurrent import RecurrentModel, RecurrentModelOutput, returned
 from hf_packfix.models.upstream import CACHE_NAME, PreTrainedModel, Seq2SeqLMOutput, given_state
 from hf_packfix.packing.steps import Steps, map_steps
 
@@ -75,14 +75,6 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
     def set_input_embeddings(self, value: Any) -> None:
         """Replace the encoder's token embeddings."""
         self.encoder.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """Return the head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: Any) -> None:
-        """Replace the head."""
-        self.lm_head = new_embeddings
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the head and the embeddings of both sides, as ``PreTrainedModel`` does those of one."""
@@ -156,8 +148,7 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
             encoder_last_hidden_state=getattr(encoder_outputs, "last_hidden_state", None),
             **{CACHE_NAME: output.recurrent_state},
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return result if return_dict else result.to_tuple()
+        return returned(result, self.config, return_dict)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Steps) -> Steps:
         """Return what the decoder reads to predict ``labels``: the start token, then each label but the last.

@@ -20,7 +20,7 @@ from hf_packfix.patches.patch import Function, Patch
 _ORDINARY = LEAVES | {dict, list, tuple}
 
 # Raised here, before the first forward: `DataParallel.scatter` would split the fields of a PackedSequence one by one
-# and fail on `batch_sizes` with a message that names neither the cause nor a way out.
+# and fail on `batch_sizes` with a message that names neither the cause nor a way out (pytorch #31422).
 _DATA_PARALLEL = (
     "nn.DataParallel, which the Trainer uses for {0} GPUs without a launcher, cannot split a PackedSequence. Start a "
     "process for each GPU, with `torchrun --nproc-per-node {0} SCRIPT` or `accelerate launch --num_processes {0} "

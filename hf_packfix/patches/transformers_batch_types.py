@@ -39,6 +39,7 @@ def _encoding_moves(original: Function) -> bool:
     fix="moves data and index tensors",
     upstream_supports=_encoding_moves,
     until="4.54",
+    issue="https://github.com/huggingface/transformers/pull/38985",
 )
 def to(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Move and cast ``data`` as the original does a tensor; rebuild other named tuples from their moved fields."""

@@ -38,6 +38,7 @@ def _moves(original: Function) -> bool:
     problem="moves a batch to the device by rebuilding tuples from a generator, which a PackedSequence refuses",
     fix="moves data and index tensors",
     upstream_supports=_moves,
+    issue="https://github.com/huggingface/transformers/issues/29068",
 )
 def _prepare_input(original: Function, patch: Patch) -> Function:
     """Move the fields that must move; ``data`` goes through the ``_prepare_input`` of a subclass that has its own.
@@ -185,6 +186,7 @@ def _with_countable_input(trainer: Any, batch: Any) -> Any:
     problem="label smoothing compares the tokens of our language model with themselves and leaves our encoder-decoder "
     "without decoder inputs",
     fix="takes both from the model",
+    issue="https://github.com/huggingface/transformers/issues/27161",
 )
 def compute_loss(original: Function, self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     """Pass labels that match the logits step by step, and ``decoder_input_ids``, for models that declare them.

@@ -19,7 +19,7 @@ from hf_packfix.activation import applying, versions
 from hf_packfix.activation.state import state
 from hf_packfix.patches import PATCHES
 from tests.support.oracle import stock
-from tests.support.packs import bare_trainer, some_pack
+from tests.support.packed_sequences import bare_trainer, some_packed
 from tests.support.patched import patch_of
 from tests.support.programs import TRAINS, run
 
@@ -190,11 +190,11 @@ def test_a_later_wrapper_is_left_standing(monkeypatch, says_what_it_wraps):
         assert vars(Trainer)["_prepare_input"] is theirs
         assert not hf_packfix.is_enabled()
         with pytest.raises(AssertionError):  # passes through to stock
-            bare_trainer()._prepare_input(some_pack())
+            bare_trainer()._prepare_input(some_packed())
         assert bare_trainer()._prepare_input(5) == 5
         hf_packfix.enable()
         assert vars(Trainer)["_prepare_input"] is theirs  # still wrapped once
-        assert bare_trainer()._prepare_input(some_pack()).data.shape == (6, 2)
+        assert bare_trainer()._prepare_input(some_packed()).data.shape == (6, 2)
         assert calls
     finally:
         Trainer._prepare_input = ours
@@ -362,6 +362,6 @@ def test_a_patched_trainer_can_be_copied_and_inspected():
 
 
 def test_stock_is_stock():
-    pack = pack_sequence([torch.ones(1), torch.ones(2)], enforce_sorted=False)
+    packed = pack_sequence([torch.ones(1), torch.ones(2)], enforce_sorted=False)
     with stock(), pytest.raises(AssertionError):
-        bare_trainer()._prepare_input(pack)
+        bare_trainer()._prepare_input(packed)

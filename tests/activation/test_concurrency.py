@@ -176,7 +176,7 @@ assert statuses == [0] * 30, statuses
 
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
-def test_a_child_trains_on_packs(tmp_path, method):
+def test_a_child_trains_on_packed_sequences(tmp_path, method):
     # From a file, which `spawn` imports again: that is where the child is activated.
     program = tmp_path / "program.py"
     program.write_text(

@@ -15,7 +15,7 @@ from transformers import BatchEncoding, BatchFeature
 
 from hf_packfix.patches.countable import CountablePackedSequence
 from tests.support.oracle import packed_batch, padded_batch, rows
-from tests.support.packs import CPU, META, bare_trainer, some_pack
+from tests.support.packed_sequences import CPU, META, bare_trainer, some_packed
 from tests.support.patched import patch_of
 
 
@@ -74,7 +74,7 @@ def test_the_loop_counts_real_tokens(wrapped, mode, pad_token_id, masked, kind):
 
 
 def test_what_needs_no_counting_comes_back_as_it_is(wrapped):
-    for batch in (padded_batch(rows(2)), {"x": some_pack(), "labels": torch.ones(2)}):
+    for batch in (padded_batch(rows(2)), {"x": some_packed(), "labels": torch.ones(2)}):
         (sample,), _ = wrapped(old_trainer("all"), iter([batch]), 1)
         assert sample is batch
 
@@ -85,30 +85,30 @@ def test_off_means_off(wrapped, monkeypatch):
         wrapped(old_trainer("all"), iter([packed_batch(rows(2))]), 1)
 
 
-def test_a_countable_pack_is_a_pack():
-    pack = some_pack()
-    countable = CountablePackedSequence._make(pack)
+def test_a_countable_packed_sequence_is_a_packed_sequence():
+    packed = some_packed()
+    countable = CountablePackedSequence._make(packed)
     assert isinstance(countable, PackedSequence)
-    assert all(left is right for left, right in zip(countable, pack, strict=True))
+    assert all(left is right for left, right in zip(countable, packed, strict=True))
     assert (countable.numel(), int(countable.sum()), int((countable != 7).sum())) == (6, 6, 6)
-    assert (countable != 7).dtype == (pack.data != 7).dtype  # a mask
+    assert (countable != 7).dtype == (packed.data != 7).dtype  # a mask
     assert countable != "text"
-    assert (countable != CountablePackedSequence._make(pack)) is False  # as tuples are, of the same fields
+    assert (countable != CountablePackedSequence._make(packed)) is False  # as tuples are, of the same fields
     assert type(countable.plain()) is PackedSequence
     assert torch.nn.GRU(2, 3)(countable)[0].data.shape == (6, 3)
     for same in (copy.deepcopy(countable), pickle.loads(pickle.dumps(countable))):
         assert type(same) is CountablePackedSequence
-        assert torch.equal(same.data, pack.data)
+        assert torch.equal(same.data, packed.data)
 
 
-def test_a_batch_type_that_drops_what_is_no_tensor_keeps_packs(monkeypatch):
+def test_a_batch_type_that_drops_what_is_no_tensor_keeps_packed_sequences(monkeypatch):
     def dropping(self: Any, device: Any) -> Any:  # as `BatchEncoding.to` of 4.46
         self.data = {key: value.to(device) for key, value in self.data.items() if isinstance(value, torch.Tensor)}
         return self
 
     patch = patch_of("transformers.tokenization_utils_base:BatchEncoding.to")
     monkeypatch.setattr(patch, "active", True)
-    held = {"x": some_pack(), "note": "dropped", "y": torch.ones(2), "several": [some_pack(), "kept"]}
+    held = {"x": some_packed(), "note": "dropped", "y": torch.ones(2), "several": [some_packed(), "kept"]}
     moved = patch.wrap(dropping)(BatchEncoding(held), META)
     assert list(moved) == ["x", "y", "several"]
     assert moved["x"].data.device == moved["several"][0].sorted_indices.device == moved["y"].device == META
@@ -122,7 +122,7 @@ def test_a_batch_that_cannot_move_stays_whole(kind):
         def to(self, *args: Any, **kwargs: Any) -> Any:
             raise RuntimeError("no room")
 
-    held = {"x": some_pack(), "y": torch.ones(2).as_subclass(Immovable), "z": torch.ones(1)}
+    held = {"x": some_packed(), "y": torch.ones(2).as_subclass(Immovable), "z": torch.ones(1)}
     batch = kind(held)
     with pytest.raises(RuntimeError, match="no room"):
         batch.to("meta")

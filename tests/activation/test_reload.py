@@ -194,7 +194,7 @@ check_stock()
     )
 
 
-def test_what_handles_packs_for_us_and_goes_away():
+def test_what_handles_packed_sequences_for_us_and_goes_away():
     # Somebody's own fix makes a patch unnecessary; when it is gone, the status says so, and enabling repairs it.
     run(
         RELOADS

@@ -35,7 +35,7 @@ def padded(rows: list[Tensor]) -> Tensor:
 
 
 def equal(first: PackedSequence, second: PackedSequence) -> bool:
-    """Tell whether two packs are the same in every field, bit for bit."""
+    """Tell whether two packed sequences are the same in every field, bit for bit."""
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -65,5 +65,5 @@ def run(quick: bool) -> Table:
             rows.append(ratio(samples, name, "pack_sequence", label=f"{kind}: {name}"))
             rows.append(ratio(samples, name, "pad_sequence", label=f"{kind}: {name}"))
         same = equal(ours(values), theirs(values)) and equal(collator(features)["x"], theirs(values))
-        notes.append(f"{kind}: the packs are {'equal' if same else 'NOT equal'}, bit for bit")
+        notes.append(f"{kind}: the batches are {'equal' if same else 'NOT equal'}, bit for bit")
     return Table(f"Collating: {BATCH} rows of {min(lengths)} to {max(lengths)} steps", rows, notes)

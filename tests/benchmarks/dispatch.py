@@ -1,6 +1,6 @@
 """What goes from one process to another when a batch is dispatched: packed, and as a padded tensor.
 
-Bytes of the tensors that would be sent, computed: of a pack the real steps and one length a row, from which
+Bytes of the tensors that would be sent, computed: of a packed batch the real steps and one length a row, from which
 the receiver packs them again; of the padded tensor its elements, without an attention mask.
 """
 

@@ -170,12 +170,12 @@ def run(quick: bool) -> Table:
     steps, repeats = (20, 2) if quick else (200, 5)
     rows = long_tailed.rows(steps * BATCH, VOCABULARY, LABELS)
     hf_packfix.enable()
-    pack = DataCollatorForPackedSequence()
+    packed = DataCollatorForPackedSequence()
     ways = {
-        PACKED: (through_trainer, pack),
+        PACKED: (through_trainer, packed),
         IN_FORWARD: (through_trainer, with_mask),
         PADDED: (through_trainer, without_mask),
-        BARE: (bare, pack),
+        BARE: (bare, packed),
     }
     table: list[Row] = []
     notes = []

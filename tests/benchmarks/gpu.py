@@ -64,8 +64,8 @@ def layers(cell: str, sequences: int, width: int, rounds: int) -> Samples:
         packings.append((pack_sequence(rows, enforce_sorted=False), pad_sequence(rows)))
 
     def packed(number: int) -> Tensor:
-        pack = packings[number][0]
-        output: Tensor = layer(pack._replace(data=pack.data.detach().requires_grad_()))[0].data
+        batch = packings[number][0]
+        output: Tensor = layer(batch._replace(data=batch.data.detach().requires_grad_()))[0].data
         return output
 
     def padded(number: int) -> Tensor:

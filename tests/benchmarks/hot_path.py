@@ -72,16 +72,16 @@ def packed(device: torch.device | None, number: int, repeats: int) -> Samples:
 
     Beside them, what stock takes for the ``data`` tensor alone, and ``PackedSequence.to``.
     """
-    pack = pack_sequence([torch.ones(length, 8) for length in (3, 7, 5, 1)], enforce_sorted=False)
+    packed = pack_sequence([torch.ones(length, 8) for length in (3, 7, 5, 1)], enforce_sorted=False)
     statements = {}
     for name, trainer in trainers().items():
         if device is not None:
             # Where the arguments have their device from.
             trainer.args.__dict__["_setup_devices"] = device
-        what = pack.data if name in ("stock", FLOOR) else pack
+        what = packed.data if name in ("stock", FLOOR) else packed
         statements[name] = per_call("prepare(x)", number, prepare=trainer._prepare_input, x=what)
-    target = device or pack.data.device
-    statements["PackedSequence.to"] = per_call("pack.to(device)", number, pack=pack, device=target)
+    target = device or packed.data.device
+    statements["PackedSequence.to"] = per_call("packed.to(device)", number, packed=packed, device=target)
     return interleave(statements, repeats)
 
 

@@ -54,7 +54,7 @@ class Case:
         options = "".join(f", {name}={value}" for name, value in self.options.items())
         return f"{self.sequences} sequences, {lengths}width {self.width}{options}"
 
-    def packs(self, count: int) -> Iterator[PackedSequence]:
+    def batches(self, count: int) -> Iterator[PackedSequence]:
         """Yield packings, each with lengths of its own, unless these are given."""
         generator = torch.Generator().manual_seed(0)
         for _ in range(count):
@@ -112,37 +112,37 @@ def measure(cell: str, case: Case, train: bool, now: Callable[[], float], quick:
     """Return the seconds of all four over new packings."""
     rounds = min(3, case.rounds) if quick else case.rounds
     layer = CELLS[cell](case.width, case.width, **case.options)
-    packs = list(case.packs(rounds + 1))
+    batches = list(case.batches(rounds + 1))
     # So that a sample takes milliseconds.
-    repeats = max(1, 200 // len(packs[0].batch_sizes) // max(1, case.width // 32))
+    repeats = max(1, 200 // len(batches[0].batch_sizes) // max(1, case.width // 32))
 
-    def ours(pack: PackedSequence) -> Tensor:
-        return (run_packed(layer, pack) or layer(pack))[0].data
+    def ours(sequences: PackedSequence) -> Tensor:
+        return (run_packed(layer, sequences) or layer(sequences))[0].data
 
-    def packed(pack: PackedSequence) -> Tensor:
-        return layer(pack)[0].data
+    def packed(sequences: PackedSequence) -> Tensor:
+        return layer(sequences)[0].data
 
-    def padded(pack: PackedSequence) -> Tensor:
-        return layer(pad_packed_sequence(pack)[0])[0]
+    def padded(sequences: PackedSequence) -> Tensor:
+        return layer(pad_packed_sequence(sequences)[0])[0]
 
     def taking(function: Callable[[PackedSequence], Tensor] | None) -> Callable[[], float]:
-        following = iter(packs)
+        following = iter(batches)
 
         def seconds() -> float:
-            pack = next(following)
-            multiply = products(layer, len(pack.data), train)
+            sequences = next(following)
+            multiply = products(layer, len(sequences.data), train)
             layer.zero_grad()
             began = now()
             for _ in range(repeats):
                 if function is None:
                     multiply()
                 elif train:
-                    data = pack.data.detach().requires_grad_()
-                    output = function(pack._replace(data=data))
+                    data = sequences.data.detach().requires_grad_()
+                    output = function(sequences._replace(data=data))
                     output.backward(torch.ones_like(output))
                 else:
                     with torch.no_grad():
-                        function(pack)
+                        function(sequences)
             return (now() - began) / repeats
 
         return seconds

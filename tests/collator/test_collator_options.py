@@ -78,34 +78,36 @@ def test_packed_rows_of_several_sequences_stay_in_their_order():
 def test_packed_rows_train_like_the_padded_ones(tmp_path):
     found = train(tmp_path, Tagger, packed_rows(), collate)
     with stock():
-        expected = train(tmp_path, Tagger, rows(), padded_batch)
-    assert_same_run(found, expected)
+        assert_same_run(found, train(tmp_path, Tagger, rows(), padded_batch))
 
 
 def test_refusals_of_packed_rows():
-    pack = pack_sequence([torch.ones(3), torch.ones(2)])
+    packed = pack_sequence([torch.ones(3), torch.ones(2)])
     for features, message in (
-        ([{"x": pack}, {"x": [1.0]}], "'x' of row 1 is not a PackedSequence, but that of another row is"),
-        ([{"x": pack}, {"x": pack._replace(data=torch.ones(4))}], "'x' of row 1: this PackedSequence is inconsistent"),
+        ([{"x": packed}, {"x": [1.0]}], "'x' of row 1 is not a PackedSequence, but that of another row is"),
         (
-            [{"x": pack}, {"x": pack._replace(data=torch.ones(5, 2))}],
+            [{"x": packed}, {"x": packed._replace(data=torch.ones(4))}],
+            "'x' of row 1: this PackedSequence is inconsistent",
+        ),
+        (
+            [{"x": packed}, {"x": packed._replace(data=torch.ones(5, 2))}],
             r"'x' of row 1 has steps of shape \[2\], but row 0 has \[\]",
         ),
-        ([{"x": pack}, {"x": PackedSequence(torch.ones(0), torch.ones(0).long())}], "'x' of row 1 is empty"),
+        ([{"x": packed}, {"x": PackedSequence(torch.ones(0), torch.ones(0).long())}], "'x' of row 1 is empty"),
         (
-            [{"x": [1, 0], "y": pack, "attention_mask": pack._replace(data=torch.tensor([1, 1, 1, 0, 1]))}],
+            [{"x": [1, 0], "y": packed, "attention_mask": packed._replace(data=torch.tensor([1, 1, 1, 0, 1]))}],
             "'attention_mask' of row 0 cannot cut rows that are packed already",
         ),
     ):
         with pytest.raises(ValueError, match=message):
             collate(features)
     with pytest.raises(ValueError, match="'x' of row 0 is a PackedSequence, which cannot be stacked"):
-        DataCollatorForPackedSequence(tensor_keys=["x"])([{"x": pack}])
+        DataCollatorForPackedSequence(tensor_keys=["x"])([{"x": packed}])
 
 
 def test_a_packed_mask_is_dropped_or_kept():
-    pack = pack_sequence([torch.ones(3).long()])
-    features = [{"x": pack, "attention_mask": pack}] * 2
+    packed = pack_sequence([torch.ones(3).long()])
+    features = [{"x": packed, "attention_mask": packed}] * 2
     assert list(collate(features)) == ["x"]
     kept = DataCollatorForPackedSequence(keep_attention_mask=True)(features)
     assert_same_packed(kept["attention_mask"], [torch.ones(3).long()] * 2)
@@ -203,9 +205,9 @@ def test_rows_without_steps_are_dropped_in_all_keys():
 def test_rows_of_features_and_packed_rows_without_steps():
     features = [{"x": []}, {"x": torch.ones(2, 3)}, {"x": torch.ones(0, 3)}]
     assert_same_packed(drop(features)["x"], [torch.ones(2, 3)])
-    pack = pack_sequence([torch.ones(2)])
+    packed = pack_sequence([torch.ones(2)])
     nothing = PackedSequence(torch.ones(0), torch.ones(0).long())
-    assert_same_packed(drop([{"x": nothing}, {"x": pack}, {"x": pack}])["x"], [torch.ones(2)] * 2)
+    assert_same_packed(drop([{"x": nothing}, {"x": packed}, {"x": packed}])["x"], [torch.ones(2)] * 2)
 
 
 def test_rows_that_the_mask_calls_all_padding_are_dropped():

@@ -15,7 +15,15 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from tests.support.oracle import Row, assert_same_run, new_trainer, packed_batch, padded_batch, rows, stock, train
+from tests.support.oracle import (
+    Row,
+    assert_training_equals_padded,
+    new_trainer,
+    packed_batch,
+    padded_batch,
+    rows,
+    stock,
+)
 
 __all__ = ["DEVICE", "ON_GPU", "Stream", "compare_evaluation", "compare_training", "on_device"]
 
@@ -46,7 +54,7 @@ def on_device(**changes: Any) -> dict[str, Any]:
 
 def compare_training(
     directory: Path,
-    model: type[nn.Module] | Callable[[], nn.Module],
+    model: Callable[[], nn.Module],
     data: Any,
     *,
     packed: Collator = packed_batch,
@@ -67,14 +75,10 @@ def compare_training(
         **changes: arguments of both.
     """
 
-    def new() -> Any:
-        return model if isinstance(model, type) else model()
-
-    found = train(directory, new(), data, packed, **on_device(**changes, **(only_packed or {})))
-    with stock():
-        expected = train(directory, new(), data, padded, **on_device(**changes))
+    found, expected = assert_training_equals_padded(
+        directory, model, data, packed, padded, tolerance=tolerance, only_packed=only_packed, **on_device(**changes)
+    )
     assert found.trainer.args.device.type == DEVICE.type
-    assert_same_run(found, expected, tolerance)
     assert found.state.num_input_tokens_seen == expected.state.num_input_tokens_seen
 
 

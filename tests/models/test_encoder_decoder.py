@@ -13,7 +13,13 @@ from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, Seq2SeqTrainingA
 from hf_packfix import DataCollatorForPackedSequence
 from hf_packfix.models import RecurrentEncoderDecoder, RecurrentEncoderDecoderConfig
 from tests.support.layouts import LAYOUTS, arrange, run, sequences_of
-from tests.support.oracle import assert_same_run, new_trainer, packed_batch, stock, train
+from tests.support.oracle import (
+    assert_training_equals_padded,
+    new_trainer,
+    packed_batch,
+    stock,
+    train,
+)
 
 PAD, BOS, EOS, V, H = 0, 1, 2, 13, 6
 CELLS = ["rnn", "lstm", "gru"]
@@ -224,10 +230,7 @@ def test_packed_training_equals_padded_training(tmp_path, accumulation):
     pairs = zip(tokens((3, 7, 1, 5, 2, 9, 4, 4)), tokens((2, 1, 8, 3, 3, 6, 1, 5), seed=1), strict=True)
     data = [{"input_ids": source, "labels": target} for source, target in pairs]
     options = {"gradient_accumulation_steps": accumulation}
-    packed = train(tmp_path, build(), data, packed_batch, **options)
-    with stock():
-        padded = train(tmp_path, build(), data, padded_pair, **options)
-    assert_same_run(packed, padded)
+    assert_training_equals_padded(tmp_path, build, data, padded=padded_pair, **options)
 
 
 def pairs():

@@ -22,7 +22,7 @@ LENGTHS = [[3, 1], [1, 1, 1], [2, 7], [7], [4, 6, 5]]
 
 
 def batches(dtype: torch.dtype = torch.float32, trailing: tuple[int, ...] = (2,)) -> list[Any]:
-    """Return packs, and beside each the numbers of its rows."""
+    """Return packed batches, and beside each the numbers of its rows."""
     generator = torch.Generator().manual_seed(0)
     result, first = [], 0
     for lengths in LENGTHS:
@@ -134,7 +134,7 @@ def test_a_padded_tensor_that_was_changed_in_place_is_taken_as_it_is(write):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_scalar_beside_packs(count):
+def test_a_scalar_beside_packed_sequences(count):
     trees = [(padded_tensors(packed), torch.tensor(float(n))) for n, (packed, _) in enumerate(batches()[:count])]
     found = collect(trees)
     with stock():

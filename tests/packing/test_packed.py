@@ -41,40 +41,40 @@ def assert_equal(found: PackedSequence, expected: PackedSequence) -> None:
 @pytest.mark.parametrize(("dtype", "trailing"), KINDS)
 class TestAgainstAListOfSequences:
     def test_counts(self, lengths, dtype, trailing):
-        pack = pack_sequence(sequences(lengths, dtype, trailing), enforce_sorted=False)
-        assert packed.batch_size(pack) == len(lengths)
-        assert packed.num_tokens(pack) == sum(lengths)
-        assert packed.lengths(pack).tolist() == lengths
+        batch = pack_sequence(sequences(lengths, dtype, trailing), enforce_sorted=False)
+        assert packed.batch_size(batch) == len(lengths)
+        assert packed.num_tokens(batch) == sum(lengths)
+        assert packed.lengths(batch).tolist() == lengths
 
     def test_pad(self, lengths, dtype, trailing):
         pieces = sequences(lengths, dtype, trailing)
-        pack = pack_sequence(pieces, enforce_sorted=False)
+        batch = pack_sequence(pieces, enforce_sorted=False)
         expected = pad_sequence(pieces, batch_first=True, padding_value=1)
-        assert torch.equal(packed.pad(pack, 1), expected)
-        longer = packed.pad(pack, 1, total_length=12)
+        assert torch.equal(packed.pad(batch, 1), expected)
+        longer = packed.pad(batch, 1, total_length=12)
         assert longer.shape[1] == 12
         assert torch.equal(longer[:, : max(lengths)], expected)
         assert (longer[:, max(lengths) :] == 1).all()
 
     def test_flat_and_back(self, lengths, dtype, trailing):
         pieces = sequences(lengths, dtype, trailing)
-        pack = pack_sequence(pieces, enforce_sorted=False)
-        flat, found = jagged.to_jagged(pack)
+        packed = pack_sequence(pieces, enforce_sorted=False)
+        flat, found = jagged.to_jagged(packed)
         assert torch.equal(flat, torch.cat(pieces))
-        assert_equal(jagged.from_jagged(flat, found), pack)
+        assert_equal(jagged.from_jagged(flat, found), packed)
 
     def test_take(self, lengths, dtype, trailing):
         pieces = sequences(lengths, dtype, trailing)
-        pack = pack_sequence(pieces, enforce_sorted=False)
+        batch = pack_sequence(pieces, enforce_sorted=False)
         count = len(pieces)
         for which in (slice(0, 1), slice(1, None), slice(-2, 99), slice(None, None, 2)):
             kept = pieces[which]
             if kept:
-                assert_equal(jagged.take(pack, which), pack_sequence(kept, enforce_sorted=False))
+                assert_equal(jagged.take(batch, which), pack_sequence(kept, enforce_sorted=False))
             else:
-                assert packed.batch_size(jagged.take(pack, which)) == 0
+                assert packed.batch_size(jagged.take(batch, which)) == 0
         backwards = list(reversed(range(count)))
-        assert_equal(jagged.take(pack, backwards), pack_sequence(pieces[::-1], enforce_sorted=False))
+        assert_equal(jagged.take(batch, backwards), pack_sequence(pieces[::-1], enforce_sorted=False))
 
     def test_concatenate(self, lengths, dtype, trailing):
         pieces = sequences(lengths, dtype, trailing)
@@ -85,30 +85,30 @@ class TestAgainstAListOfSequences:
         assert_equal(found, pack_sequence(pieces + others, enforce_sorted=False))
 
 
-def test_sorted_packs_keep_their_missing_indices_while_they_stay_sorted():
+def test_sorted_packed_sequences_keep_their_missing_indices_while_they_stay_sorted():
     pieces = sequences([4, 3, 1], torch.int64, ())
-    pack = pack_sequence(pieces)
-    assert_equal(jagged.take(pack, slice(1, 3)), pack_sequence(pieces[1:]))
-    assert_equal(jagged.concatenate([pack, jagged.take(pack, [2])]), pack_sequence([*pieces, pieces[2]]))
-    unsorted = jagged.concatenate([pack, pack])
+    packed = pack_sequence(pieces)
+    assert_equal(jagged.take(packed, slice(1, 3)), pack_sequence(pieces[1:]))
+    assert_equal(jagged.concatenate([packed, jagged.take(packed, [2])]), pack_sequence([*pieces, pieces[2]]))
+    unsorted = jagged.concatenate([packed, packed])
     assert unsorted.sorted_indices is not None
     assert all(map(torch.equal, unpack_sequence(unsorted), pieces + pieces))
 
 
 def test_pad_passes_gradients():
     data = torch.ones(6, requires_grad=True)
-    pack = pack_sequence([torch.ones(2), torch.ones(4)], enforce_sorted=False)._replace(data=data)
-    packed.pad(pack, -100.0)[0].sum().backward()
+    sequences = pack_sequence([torch.ones(2), torch.ones(4)], enforce_sorted=False)._replace(data=data)
+    packed.pad(sequences, -100.0)[0].sum().backward()
     assert data.grad.sum() == 2  # the two steps of the first sequence, and no padding
 
 
 def test_same_packing():
     pieces = sequences([2, 3, 3], torch.int64, ())
-    pack = pack_sequence(pieces, enforce_sorted=False)
-    assert packed.same_packing(pack, pack._replace(data=pack.data * 2))
-    assert packed.same_packing(pack, pack_sequence(pieces[:2], enforce_sorted=False)) is False
-    swapped = PackedSequence(pack.data, pack.batch_sizes, pack.sorted_indices.flip(0))
-    assert not packed.same_packing(pack, swapped)
+    batch = pack_sequence(pieces, enforce_sorted=False)
+    assert packed.same_packing(batch, batch._replace(data=batch.data * 2))
+    assert packed.same_packing(batch, pack_sequence(pieces[:2], enforce_sorted=False)) is False
+    swapped = PackedSequence(batch.data, batch.batch_sizes, batch.sorted_indices.flip(0))
+    assert not packed.same_packing(batch, swapped)
     in_order = pack_sequence([pieces[1], pieces[0]])
     explicit = PackedSequence(in_order.data, in_order.batch_sizes, torch.tensor([0, 1]))
     assert packed.same_packing(in_order, explicit)
@@ -125,16 +125,18 @@ def test_same_packing():
     ],
 )
 def test_contradicting_fields_are_named(batch_sizes, message):
-    torn = PackedSequence(torch.ones(3 if sum(batch_sizes) == 4 else sum(batch_sizes)), torch.tensor(batch_sizes))
+    inconsistent = PackedSequence(
+        torch.ones(3 if sum(batch_sizes) == 4 else sum(batch_sizes)), torch.tensor(batch_sizes)
+    )
     for use in (packed.pad, jagged.to_jagged):
         with pytest.raises(ValueError, match=message):
-            use(torn)
+            use(inconsistent)
 
 
 def test_wrong_arguments_are_named():
-    pack = pack_sequence(sequences([2, 3], torch.int64, ()), enforce_sorted=False)
+    batch = pack_sequence(sequences([2, 3], torch.int64, ()), enforce_sorted=False)
     with pytest.raises(ValueError, match="total_length is 2"):
-        packed.pad(pack, total_length=2)
+        packed.pad(batch, total_length=2)
     with pytest.raises(ValueError, match="sum to the 3 rows"):
         jagged.from_jagged(torch.ones(3), torch.tensor([2, 2]))
     with pytest.raises(ValueError, match="at least 1"):
@@ -143,12 +145,12 @@ def test_wrong_arguments_are_named():
         jagged.concatenate([])
 
 
-def test_nested_replace_keeps_what_holds_no_pack():
-    pack = pack_sequence(sequences([2, 3], torch.int64, ()), enforce_sorted=False)
+def test_a_tree_without_a_packed_sequence_is_kept():
+    batch = pack_sequence(sequences([2, 3], torch.int64, ()), enforce_sorted=False)
     untouched = {"a": [1, "x"]}
-    tree = {"keep": untouched, "pack": (pack, None)}
+    tree = {"keep": untouched, "packed": (batch, None)}
     found = trees.map_packed(packed.batch_size, tree)
-    assert found == {"keep": untouched, "pack": (2, None)}
+    assert found == {"keep": untouched, "packed": (2, None)}
     assert found["keep"] is untouched
     assert trees.map_packed(packed.batch_size, untouched) is untouched
     assert trees.contains(tree)
@@ -171,25 +173,25 @@ class OneDevice(TorchDispatchMode):
     [
         packed.pad,
         packed.pad_left,
-        lambda pack: jagged.to_jagged(pack)[0],
-        lambda pack: jagged.take(pack, slice(1, 3)).data,
-        lambda pack: jagged.take(pack, [2, 0]).sorted_indices,
-        lambda pack: jagged.concatenate([pack, pack]).data,
-        lambda pack: jagged.concatenate([pack, pack]).unsorted_indices,
-        lambda pack: jagged.from_jagged(pack.data, torch.tensor([1, 3, 4])).sorted_indices,
-        lambda pack: jagged.from_jagged(pack.data[:0], torch.tensor([], dtype=torch.int64)).sorted_indices,
-        lambda pack: packed.with_data(pack, pack.data).data,
+        lambda sequences: jagged.to_jagged(sequences)[0],
+        lambda sequences: jagged.take(sequences, slice(1, 3)).data,
+        lambda sequences: jagged.take(sequences, [2, 0]).sorted_indices,
+        lambda sequences: jagged.concatenate([sequences, sequences]).data,
+        lambda sequences: jagged.concatenate([sequences, sequences]).unsorted_indices,
+        lambda sequences: jagged.from_jagged(sequences.data, torch.tensor([1, 3, 4])).sorted_indices,
+        lambda sequences: jagged.from_jagged(sequences.data[:0], torch.tensor([], dtype=torch.int64)).sorted_indices,
+        lambda sequences: packed.with_data(sequences, sequences.data).data,
     ],
 )
 def test_everything_happens_on_the_device_of_the_data(use):
-    pack = pack_sequence(sequences([4, 3, 1], torch.float32, (2,)))
+    batch = pack_sequence(sequences([4, 3, 1], torch.float32, (2,)))
     with OneDevice():
-        found = use(pack._replace(data=pack.data.to("meta")))
-    expected = use(pack)
+        found = use(batch._replace(data=batch.data.to("meta")))
+    expected = use(batch)
     assert (found.device.type, found.shape, found.dtype) == ("meta", expected.shape, expected.dtype)
 
 
-def test_lengths_of_a_sorted_pack():
+def test_lengths_of_a_sorted_packed_sequence():
     found = packed.lengths(pack_sequence(sequences([4, 3, 3, 1], torch.float32, ())))
     assert (found.tolist(), found.dtype) == ([4, 3, 3, 1], torch.int64)
 
@@ -205,11 +207,11 @@ def test_packings_that_differ_in_indices_alone():
 
 def test_padding_on_the_left():
     pieces = [torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([4, 5, 6])]
-    pack = pack_sequence(pieces, enforce_sorted=False)
-    assert packed.pad_left(pack, 9).tolist() == [[9, 1, 2], [9, 9, 3], [4, 5, 6]]
-    assert packed.pad_left(pack).tolist() == [[0, 1, 2], [0, 0, 3], [4, 5, 6]]
-    assert packed.pad(pack).tolist() == [[1, 2, 0], [3, 0, 0], [4, 5, 6]]
-    assert torch.equal(packed.pad(pack, total_length=3), packed.pad(pack))
+    sequences = pack_sequence(pieces, enforce_sorted=False)
+    assert packed.pad_left(sequences, 9).tolist() == [[9, 1, 2], [9, 9, 3], [4, 5, 6]]
+    assert packed.pad_left(sequences).tolist() == [[0, 1, 2], [0, 0, 3], [4, 5, 6]]
+    assert packed.pad(sequences).tolist() == [[1, 2, 0], [3, 0, 0], [4, 5, 6]]
+    assert torch.equal(packed.pad(sequences, total_length=3), packed.pad(sequences))
 
 
 def test_no_sequence_at_all():
@@ -224,25 +226,25 @@ def test_no_sequence_at_all():
 
 
 def test_nothing_is_copied_where_nothing_changes():
-    pack = pack_sequence(sequences([2, 3], torch.int64, ()), enforce_sorted=False)
+    batch = pack_sequence(sequences([2, 3], torch.int64, ()), enforce_sorted=False)
     for which in (slice(None), slice(0, 2), slice(0, 99), slice(-2, None)):
-        assert jagged.take(pack, which) is pack
+        assert jagged.take(batch, which) is batch
     for which in (slice(None, None, 1), [0, 1]):
-        assert_equal(jagged.take(pack, which), pack)
-    assert jagged.concatenate([pack]) is pack
-    assert packed.with_data(pack, pack.data) is pack
-    other = packed.with_data(pack, pack.data + 1)
-    assert other is not pack
-    assert all(getattr(other, name) is getattr(pack, name) for name in PackedSequence._fields[1:])
-    assert torch.equal(other.data, pack.data + 1)
+        assert_equal(jagged.take(batch, which), batch)
+    assert jagged.concatenate([batch]) is batch
+    assert packed.with_data(batch, batch.data) is batch
+    other = packed.with_data(batch, batch.data + 1)
+    assert other is not batch
+    assert all(getattr(other, name) is getattr(batch, name) for name in PackedSequence._fields[1:])
+    assert torch.equal(other.data, batch.data + 1)
 
 
 def test_named_tuples_are_found_wherever_they_stand():
-    pack = pack_sequence(sequences([2], torch.int64, ()))
-    for leaf in (pack, Pair(1, 2)):
+    packed = pack_sequence(sequences([2], torch.int64, ()))
+    for leaf in (packed, Pair(1, 2)):
         for tree in (leaf, [leaf], (0, (leaf,)), {"a": 0, "b": leaf}, [{"a": [leaf]}]):
             assert trees.contains_namedtuple(tree) is True
-            assert trees.contains(tree) is (leaf is pack)
+            assert trees.contains(tree) is (leaf is packed)
     for tree in (torch.ones(2), [1, (2, 3)], {"a": [None, "x"]}, {}, range(3), object()):
         assert trees.contains_namedtuple(tree) is False
         assert trees.contains(tree) is False
@@ -279,12 +281,12 @@ def test_the_smallest_dtype_that_holds_both(dtype, value, expected):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
 def test_padding_that_does_not_fit(dtype):
     values = [torch.tensor([1, 0]).to(dtype), torch.tensor([1, 1, 1]).to(dtype)]
-    pack = pack_sequence(values, enforce_sorted=False)
+    sequences = pack_sequence(values, enforce_sorted=False)
     with pytest.raises(ValueError, match=rf"{dtype} does not hold the padding_value -100: .*data.to\(torch.int"):
-        packed.pad(pack, -100)
-    padded = packed.pad(pack, -100, promote=True)
+        packed.pad(sequences, -100)
+    padded = packed.pad(sequences, -100, promote=True)
     assert padded.tolist() == [[1, 0, -100], [1, 1, 1]]
-    assert packed.pad(pack, 1).dtype == dtype
+    assert packed.pad(sequences, 1).dtype == dtype
 
 
 # --- a default device that is not the CPU -----------------------------------------------------------------
@@ -292,24 +294,24 @@ def test_padding_that_does_not_fit(dtype):
 
 def test_nothing_depends_on_the_default_device():
     sequences = [torch.arange(n) for n in (2, 5, 1)]
-    pack, other = pack_sequence(sequences, enforce_sorted=False), pack_sequence(sequences[1::-1])
+    batch, other = pack_sequence(sequences, enforce_sorted=False), pack_sequence(sequences[1::-1])
 
     def results():
-        flat, sizes = jagged.to_jagged(pack)
+        flat, sizes = jagged.to_jagged(batch)
         return [
-            packed.lengths(pack),
-            packed.pad(pack, -100),
-            packed.pad_left(pack, -100),
+            packed.lengths(batch),
+            packed.pad(batch, -100),
+            packed.pad_left(batch, -100),
             flat,
             sizes,
             *jagged.from_jagged(flat, sizes),
-            *jagged.take(pack, [2, 0]),
-            *jagged.take(pack, slice(1, 3)),
-            *jagged.concatenate([pack, pack]),
-            torch.tensor(packed.batch_size(pack), device="cpu"),
-            torch.tensor(packed.same_packing(pack, other), device="cpu"),
-            CountablePackedSequence._make(pack).sum(),
-            CountablePackedSequence._make(pack) != 0,
+            *jagged.take(batch, [2, 0]),
+            *jagged.take(batch, slice(1, 3)),
+            *jagged.concatenate([batch, batch]),
+            torch.tensor(packed.batch_size(batch), device="cpu"),
+            torch.tensor(packed.same_packing(batch, other), device="cpu"),
+            CountablePackedSequence._make(batch).sum(),
+            CountablePackedSequence._make(batch) != 0,
         ]
 
     expected = results()

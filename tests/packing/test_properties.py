@@ -25,7 +25,7 @@ from transformers.trainer_pt_utils import (
 
 from hf_packfix.packing import jagged, packed, trees
 from tests.support.oracle import stock
-from tests.support.packs import CPU, META, bare_trainer
+from tests.support.packed_sequences import CPU, META, bare_trainer
 from tests.support.strategies import all_lengths, attack
 
 DTYPES = [
@@ -89,14 +89,14 @@ def sequences(draw: Any, like: list[torch.Tensor] | None = None) -> list[torch.T
 
 
 @st.composite
-def packs(draw: Any) -> PackedSequence:
+def packed_sequences(draw: Any) -> PackedSequence:
     pieces = draw(sequences())
     in_order = draw(st.booleans())
     if in_order:
         pieces.sort(key=len, reverse=True)
-    pack = pack_sequence(pieces, enforce_sorted=in_order)
-    data = numbers(draw, tuple(pack.data.shape), pack.data.dtype)
-    return pack._replace(data=data.requires_grad_(data.dtype.is_floating_point and draw(st.booleans())))
+    packed = pack_sequence(pieces, enforce_sorted=in_order)
+    data = numbers(draw, tuple(packed.data.shape), packed.data.dtype)
+    return packed._replace(data=data.requires_grad_(data.dtype.is_floating_point and draw(st.booleans())))
 
 
 MAPPINGS = [dict, OrderedDict, UserDict, BatchEncoding, BatchFeature]
@@ -116,7 +116,7 @@ def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
-batches = st.recursive(st.one_of(packs(), tensors(), scalars), containers, max_leaves=8)
+batches = st.recursive(st.one_of(packed_sequences(), tensors(), scalars), containers, max_leaves=8)
 
 
 def assert_moved(found: Any, given: Any, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -175,9 +175,9 @@ def nested_complex(tree: Any) -> bool:
 
 @attack
 @given(batches)
-def test_replacing_touches_packs_alone(tree):
+def test_replacing_touches_packed_sequences_alone(tree):
     assert trees.contains(tree) == ("PackedSequence(" in repr(plain(tree)))
-    same = trees.map_packed(lambda pack: pack, tree)
+    same = trees.map_packed(lambda sequences: sequences, tree)
     assert same is tree
     counted = trees.map_packed(packed.num_tokens, tree)
     assert trees.contains(counted) is False
@@ -195,63 +195,63 @@ def plain(tree: Any) -> Any:
 
 @attack
 @given(st.data())
-def test_a_pack_is_a_list_of_sequences(data):
+def test_a_packed_sequence_is_a_list_of_sequences(data):
     pieces = data.draw(sequences())
     others = data.draw(sequences(like=pieces))
     in_order = data.draw(st.booleans())
     if in_order:
         pieces.sort(key=len, reverse=True)
-    pack = pack_sequence(pieces, enforce_sorted=in_order)
-    assert packed.batch_size(pack) == len(pieces)
-    assert packed.num_tokens(pack) == sum(map(len, pieces))
-    assert packed.lengths(pack).tolist() == list(map(len, pieces))
-    assert packed.same_packing(pack, pack_sequence(pieces, enforce_sorted=False))
+    batch = pack_sequence(pieces, enforce_sorted=in_order)
+    assert packed.batch_size(batch) == len(pieces)
+    assert packed.num_tokens(batch) == sum(map(len, pieces))
+    assert packed.lengths(batch).tolist() == list(map(len, pieces))
+    assert packed.same_packing(batch, pack_sequence(pieces, enforce_sorted=False))
 
     filling = data.draw(st.sampled_from([0, 1]))
     longer = data.draw(st.integers(0, 3))
     expected = pad_sequence(pieces, batch_first=True, padding_value=filling)
     width = expected.shape[1] + longer
-    padded = packed.pad(pack, filling, total_length=width)
+    padded = packed.pad(batch, filling, total_length=width)
     assert padded.shape == (len(pieces), width, *pieces[0].shape[1:])
     assert torch.equal(padded[:, : width - longer], expected)
     assert bool((padded[:, width - longer :] == filling).all())
 
-    flat, lengths = jagged.to_jagged(pack)
+    flat, lengths = jagged.to_jagged(batch)
     assert torch.equal(flat, torch.cat(pieces))
-    assert_equal(jagged.from_jagged(flat, lengths, keep_order=in_order), pack)
+    assert_equal(jagged.from_jagged(flat, lengths, keep_order=in_order), batch)
 
     places = data.draw(st.lists(st.sampled_from(range(len(pieces))), min_size=1))
-    taken = jagged.take(pack, places)
+    taken = jagged.take(batch, places)
     assert_sequences(taken, [pieces[place] for place in places])
     which = data.draw(st.slices(len(pieces)).filter(lambda s: s.step is None or s.step > 0))
-    assert_sequences(jagged.take(pack, which), pieces[which])
+    assert_sequences(jagged.take(batch, which), pieces[which])
 
-    both = jagged.concatenate([pack, pack_sequence(others, enforce_sorted=False)])
+    both = jagged.concatenate([batch, pack_sequence(others, enforce_sorted=False)])
     assert_sequences(both, pieces + others)
     assert_equal(jagged.take(both, slice(len(pieces))), pack_sequence(pieces, enforce_sorted=False))
 
 
-def assert_sequences(pack: PackedSequence, expected: list[torch.Tensor]) -> None:
-    assert packed.batch_size(pack) == len(expected)
+def assert_sequences(sequences: PackedSequence, expected: list[torch.Tensor]) -> None:
+    assert packed.batch_size(sequences) == len(expected)
     if expected:
-        assert all(map(torch.equal, unpack_sequence(pack), expected))
+        assert all(map(torch.equal, unpack_sequence(sequences), expected))
 
 
 @attack
 @given(st.data())
-def test_what_evaluation_does_to_a_pack_equals_what_it_does_to_the_padded_tensor(data):
+def test_what_evaluation_does_to_a_packed_sequence_equals_what_it_does_to_the_padded_tensor(data):
     wrap = data.draw(st.sampled_from([lambda x: x, lambda x: Pair(x, (x,)), lambda x: Reversed(first=x, second=[x])]))
     first = data.draw(sequences())
     second = data.draw(sequences(like=first))
-    packs = [wrap(pack_sequence(pieces, enforce_sorted=False)) for pieces in (first, second)]
+    pair = [wrap(pack_sequence(pieces, enforce_sorted=False)) for pieces in (first, second)]
     dtype = packed.dtype_with(first[0].dtype, -100)  # bool and bytes hold no -100
     padded_tensors = [
         wrap(pad_sequence([piece.to(dtype) for piece in pieces], True, -100)) for pieces in (first, second)
     ]
     limit = data.draw(st.integers(1, 7))
-    assert find_batch_size(packs[0]) == find_batch_size(padded_tensors[0]) == len(first)
-    found = nested_numpify(nested_concat(nested_detach(packs[0]), nested_detach(packs[1]), padding_index=-100))
-    truncated = nested_numpify(nested_truncate(packs[0], limit))
+    assert find_batch_size(pair[0]) == find_batch_size(padded_tensors[0]) == len(first)
+    found = nested_numpify(nested_concat(nested_detach(pair[0]), nested_detach(pair[1]), padding_index=-100))
+    truncated = nested_numpify(nested_truncate(pair[0], limit))
     with stock():
         padded_tensors = list(map(as_tuple, padded_tensors))
         expected = nested_numpify(nested_concat(*map(nested_detach, padded_tensors), padding_index=-100))
@@ -284,9 +284,13 @@ def assert_arrays(found: Any, expected: Any) -> None:
 
 
 @attack
-@given(packs(), st.sampled_from([CPU, META]), st.sampled_from([WithDefault, lambda x: Reversed(first=x, second=1)]))
-def test_batch_types_move_named_tuples(pack, device, wrap):
-    held = {"x": pack, "pair": wrap(pack), "note": "text"}
+@given(
+    packed_sequences(),
+    st.sampled_from([CPU, META]),
+    st.sampled_from([WithDefault, lambda x: Reversed(first=x, second=1)]),
+)
+def test_batch_types_move_named_tuples(packed, device, wrap):
+    held = {"x": packed, "pair": wrap(packed), "note": "text"}
     moved = BatchFeature(dict(held)).to(device)
     assert_moved(dict(moved), held, device, None)
 

@@ -45,6 +45,6 @@ def test_what_is_not_packed_is_named_with_what_to_do(function, value, message):
         function(value)
 
 
-def test_a_single_pack_is_not_a_list_to_concatenate():
+def test_a_single_packed_sequence_is_not_a_list_to_concatenate():
     with pytest.raises(TypeError, match="expected a list of PackedSequences, found a single one: put it into a list"):
         jagged.concatenate(PACK)

@@ -48,20 +48,20 @@ from tests.support.strategies import all_lengths, attack
 Sequences = list[list[int]]
 
 
-# --- any pack with one field spoilt ---------------------------------------------------------------------
+# --- any PackedSequence with one field spoilt -----------------------------------------------------------
 
 
-def spoil(draw: Any, pack: PackedSequence) -> PackedSequence:
-    """Return the pack with one field changed by a little, in a way that may or may not contradict the others."""
+def spoil(draw: Any, sequences: PackedSequence) -> PackedSequence:
+    """Return it with one field changed by a little, in a way that may or may not contradict the others."""
     name = draw(st.sampled_from(["data", "batch_sizes", "sorted_indices", "unsorted_indices", "both"]))
-    fields = pack._asdict()
+    fields = sequences._asdict()
     if name == "both":
-        order = draw(st.permutations(range(packed.batch_size(pack))))
+        order = draw(st.permutations(range(packed.batch_size(sequences))))
         fields |= {key: torch.tensor(order) for key in ("sorted_indices", "unsorted_indices")}
         return PackedSequence._make(fields.values())
     field = fields[name]
     if field is None:
-        fields[name] = torch.tensor(draw(st.permutations(range(packed.batch_size(pack)))))
+        fields[name] = torch.tensor(draw(st.permutations(range(packed.batch_size(sequences)))))
     else:
         changes = [one_value, cut, longer, turned, *((scalar,) if name == "data" else (as_type, reshaped))]
         fields[name] = draw(st.sampled_from(changes))(draw, field)
@@ -100,10 +100,10 @@ def scalar(draw: Any, field: torch.Tensor) -> torch.Tensor:
     return field[0]
 
 
-def read(pack: PackedSequence) -> Sequences | None:
+def read(packed: PackedSequence) -> Sequences | None:
     """Return the sequences, read by plain loops; None where the fields do not say which they are."""
-    data, sizes = pack.data, pack.batch_sizes
-    indices = [index for index in pack[2:] if index is not None]
+    data, sizes = packed.data, packed.batch_sizes
+    indices = [index for index in packed[2:] if index is not None]
     if data.dim() == 0 or len(indices) == 1:
         return None
     if any(field.dim() != 1 or field.dtype != torch.int64 for field in (sizes, *indices)):
@@ -140,15 +140,15 @@ def other() -> PackedSequence:
     return pack_sequence([torch.tensor(sequence) for sequence in OTHER], enforce_sorted=False)
 
 
-def collected(pack: PackedSequence) -> Any:
+def collected(packed: PackedSequence) -> Any:
     container = EvalLoopContainer()
-    container.add(operations.pad_across_processes(pack, dim=1, pad_index=-100))
+    container.add(operations.pad_across_processes(packed, dim=1, pad_index=-100))
     container.add(operations.pad_across_processes(other(), dim=1, pad_index=-100))
     return container.get_arrays()
 
 
-def sequences_of(pack: PackedSequence) -> Sequences:
-    return [sequence.tolist() for sequence in unpack_sequence(pack)] if len(pack.batch_sizes) else []
+def sequences_of(packed: PackedSequence) -> Sequences:
+    return [sequence.tolist() for sequence in unpack_sequence(packed)] if len(packed.batch_sizes) else []
 
 
 #: Everything that makes numbers of a pack, and what the numbers are for given sequences.
@@ -186,13 +186,13 @@ USES: dict[str, tuple[Callable[[PackedSequence], Any], Callable[[Sequences], Any
 
 @attack
 @given(st.data())
-def test_a_spoilt_pack_is_an_error_or_the_right_numbers(data):
+def test_a_changed_field_is_an_error_or_the_right_numbers(data):
     pieces = [torch.randint(10, 99, (length,)) for length in data.draw(all_lengths)]
     in_order = data.draw(st.booleans())
     if in_order:
         pieces.sort(key=len, reverse=True)
-    pack = pack_sequence(pieces, enforce_sorted=in_order)
-    spoilt = spoil(data.draw, pack)
+    packed = pack_sequence(pieces, enforce_sorted=in_order)
+    spoilt = spoil(data.draw, packed)
     sequences = read(spoilt)
     for name, (use, expected) in USES.items():
         found = outcome(use, spoilt)
@@ -203,15 +203,15 @@ def test_a_spoilt_pack_is_an_error_or_the_right_numbers(data):
             assert found == expected(sequences), (name, spoilt)
 
 
-def outcome(use: Callable[[PackedSequence], Any], pack: PackedSequence) -> Any:
+def outcome(use: Callable[[PackedSequence], Any], packed: PackedSequence) -> Any:
     try:
-        found = use(pack)
+        found = use(packed)
     except Exception as error:
         return error
     return found.tolist() if isinstance(found, (torch.Tensor, np.ndarray)) else found
 
 
-# --- spoilt packs in a Trainer --------------------------------------------------------------------------
+# --- spoilt batches in a Trainer ------------------------------------------------------------------------
 
 SPOILT: dict[str, Callable[[PackedSequence], dict[str, torch.Tensor | None]]] = {
     "batch_sizes leave out the last row": lambda p: {"batch_sizes": shortened(p.batch_sizes)},
@@ -235,12 +235,12 @@ def shortened(sizes: torch.Tensor) -> torch.Tensor:
 
 
 def spoiling(key: str, fault: str) -> Callable[[Any], Any]:
-    """Return a collator whose pack under ``key`` has the fault."""
+    """Return a collator whose PackedSequence under ``key`` has the fault."""
 
     def collate(features: Any) -> Any:
         batch = packed_batch(features)
-        pack = batch[key]
-        return {**batch, key: pack._replace(**SPOILT[fault](pack))}
+        packed = batch[key]
+        return {**batch, key: packed._replace(**SPOILT[fault](packed))}
 
     return collate
 
@@ -274,44 +274,44 @@ def test_the_dispatcher_of_a_stream_names_what_is_wrong(tmp_path, fault):
 def test_torch_itself_says_nothing():
     # Why the Trainer's batches are looked at: otherwise these train, on the wrong rows.
     gru = torch.nn.GRU(1, 2)
-    pack = pack_sequence([torch.ones(n, 1) * n for n in (1, 3, 2)], enforce_sorted=False)
+    packed = pack_sequence([torch.ones(n, 1) * n for n in (1, 3, 2)], enforce_sorted=False)
     for fault in ("batch_sizes leave out the last row", "batch_sizes end in zero", "an index twice"):
-        gru(pack._replace(**SPOILT[fault](pack)))
+        gru(packed._replace(**SPOILT[fault](packed)))
 
 
 @pytest.mark.parametrize("name", ["sorted_indices", "unsorted_indices"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_index_tensors_of_another_number_of_sequences(name, device):
-    pack = pack_sequence([torch.ones(n) for n in (1, 3, 2)], enforce_sorted=False)
-    indices = getattr(pack, name)
+    sequences = pack_sequence([torch.ones(n) for n in (1, 3, 2)], enforce_sorted=False)
+    indices = getattr(sequences, name)
     for wrong in (indices[:-1], torch.cat([indices, indices[:1]])):
         with pytest.raises(
             ValueError, match=rf"its {name} must be int64 \[3\], one a sequence, found .*\[{len(wrong)}\]"
         ):
-            packed.check(pack._replace(**{name: wrong.to(device)}), wait=False)
+            packed.check(sequences._replace(**{name: wrong.to(device)}), wait=False)
 
 
 def test_packs_inside_lists_are_looked_at(tmp_path):
     def collate(features: Any) -> Any:
         batch = packed_batch(features)
-        pack = batch["input_ids"]
-        return {**batch, "more": [{"pair": (pack, pack._replace(data=pack.data[:-1]))}]}
+        packed = batch["input_ids"]
+        return {**batch, "more": [{"pair": (packed, packed._replace(data=packed.data[:-1]))}]}
 
     trainer = new_trainer(tmp_path, PlainTagger, rows(3), collate, remove_unused_columns=False)
     with pytest.raises(ValueError, match="'more' in the batch: this PackedSequence is inconsistent: its batch_sizes"):
         trainer.train()
 
 
-# --- fields and packs that do not fit together ----------------------------------------------------------
+# --- fields and sequences that do not fit together ------------------------------------------------------
 
 
 def test_data_on_another_device_than_its_indices():
-    pack = pack_sequence([torch.arange(2), torch.arange(4)], enforce_sorted=False)
-    away = pack._replace(data=pack.data.to("meta"))
+    sequences = pack_sequence([torch.arange(2), torch.arange(4)], enforce_sorted=False)
+    away = sequences._replace(data=sequences.data.to("meta"))
     padded = packed.pad(away)
     assert (padded.device.type, padded.shape) == ("meta", (2, 4))
     assert packed.lengths(away).tolist() == [2, 4]
-    indices = {key: getattr(pack, key).to("meta") for key in pack._fields[2:]}
+    indices = {key: getattr(sequences, key).to("meta") for key in sequences._fields[2:]}
     for lost in (
         {"sorted_indices": indices["sorted_indices"]},
         {"unsorted_indices": indices["unsorted_indices"]},
@@ -319,7 +319,7 @@ def test_data_on_another_device_than_its_indices():
     ):
         for use in (packed.pad, packed.lengths, jagged.to_jagged, nested_numpify):
             with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-                use(pack._replace(**lost))
+                use(sequences._replace(**lost))
 
 
 def test_two_devices_in_one_batch(tmp_path):
@@ -375,41 +375,41 @@ def test_label_smoothing_refuses_labels_of_other_lengths_or_torn_ones():
     with pytest.raises(ValueError, match=r"lengths \[1, 3\], the packed labels \[2, 3\]"):
         smoother({"logits": logits}, longer)
     # One row of labels would be spread over all rows of the logits.
-    torn = logits._replace(data=torch.ones(1).long())
+    inconsistent = logits._replace(data=torch.ones(1).long())
     with pytest.raises(ValueError, match="sum to 4, but its data has 1 rows"):
-        smoother({"logits": logits}, torn)
+        smoother({"logits": logits}, inconsistent)
 
 
 def test_data_that_requires_gradients():
-    pack = pack_sequence([torch.ones(2), torch.ones(1)], enforce_sorted=False)
-    pack.data.requires_grad_()
+    packed = pack_sequence([torch.ones(2), torch.ones(1)], enforce_sorted=False)
+    packed.data.requires_grad_()
     with pytest.raises(RuntimeError, match="requires grad"):
-        nested_numpify(pack)
+        nested_numpify(packed)
     container = EvalLoopContainer()
-    container.add(pack)
+    container.add(packed)
     with pytest.raises(RuntimeError, match="requires grad"):
         container.get_arrays()
 
 
-# --- packs of nothing -----------------------------------------------------------------------------------
+# --- sequences of nothing -------------------------------------------------------------------------------
 
 
-def test_a_pack_without_sequences():
+def test_a_packed_sequence_without_sequences():
     empty = PackedSequence(torch.ones(0, 2), torch.ones(0).long(), torch.ones(0).long())
     without_order = PackedSequence(torch.ones(0, 2), torch.ones(0).long())
     full = pack_sequence([torch.ones(3, 2), torch.ones(1, 2)], enforce_sorted=False)
-    for pack in (empty, without_order):
-        assert hf_packfix.batch_size(pack) == hf_packfix.num_tokens(pack) == find_batch_size(pack) == 0
-        assert hf_packfix.pad(pack).shape == (0, 0, 2)
-        assert packed.lengths(pack).tolist() == []
-        assert nested_numpify(pack).shape == (0, 0, 2)
-        both = jagged.concatenate([pack, full, pack])
+    for sequences in (empty, without_order):
+        assert hf_packfix.batch_size(sequences) == hf_packfix.num_tokens(sequences) == find_batch_size(sequences) == 0
+        assert hf_packfix.pad(sequences).shape == (0, 0, 2)
+        assert packed.lengths(sequences).tolist() == []
+        assert nested_numpify(sequences).shape == (0, 0, 2)
+        both = jagged.concatenate([sequences, full, sequences])
         assert packed.lengths(both).tolist() == [3, 1]
         assert torch.equal(packed.pad(both), packed.pad(full))
-        assert nested_concat(pack, full).shape == (2, 3, 2)
-        assert operations.gather(pack).shape == (0, 0, 2)
+        assert nested_concat(sequences, full).shape == (2, 3, 2)
+        assert operations.gather(sequences).shape == (0, 0, 2)
         with pytest.raises(IndexError):
-            torch.nn.GRU(2, 2)(pack)
+            torch.nn.GRU(2, 2)(sequences)
     with pytest.raises(ValueError, match=r"must be int64 \[0\], one a sequence"):
         hf_packfix.batch_size(empty._replace(sorted_indices=torch.tensor([0])))
 
@@ -419,22 +419,29 @@ def test_a_pack_without_sequences():
 
 def test_the_collator_refuses_rows_of_which_some_are_packed():
     # Of one sequence of one step all four fields have one shape, and would pass for four numbers.
-    pack = pack_sequence([torch.tensor([5])], enforce_sorted=False)
+    packed = pack_sequence([torch.tensor([5])], enforce_sorted=False)
     with pytest.raises(ValueError, match="'input_ids' of row 0 is not a PackedSequence, but that of another row is"):
-        DataCollatorForPackedSequence()([{"input_ids": [1, 2]}, {"input_ids": pack}])
+        DataCollatorForPackedSequence()([{"input_ids": [1, 2]}, {"input_ids": packed}])
 
 
 def test_which_batches_are_looked_at():
-    pack = pack_sequence([torch.tensor([5])], enforce_sorted=False)
+    packed = pack_sequence([torch.tensor([5])], enforce_sorted=False)
     # On a GPU index tensors are taken as they are: looking into them would wait for it. `meta` cannot be looked into.
-    away = pack._replace(**{name: getattr(pack, name).to("meta") for name in pack._fields[2:]})
+    away = packed._replace(**{name: getattr(packed, name).to("meta") for name in packed._fields[2:]})
     for batch in (
-        {"x": pack},
-        {"n": 1, "x": [{"y": (pack, None)}]},
-        {"x": UserDict(y=pack)},
-        UserDict(x=pack),
+        {"x": packed},
+        {"n": 1, "x": [{"y": (packed, None)}]},
+        {"x": UserDict(y=packed)},
+        UserDict(x=packed),
         {"x": away},
     ):
         assert trees.check_batch(batch) is True
-    for batch in ({}, {"x": [torch.ones(1)], "y": {"z": ()}, "t": torch.ones(1)}, UserDict(x=[1]), [pack], pack, None):
+    for batch in (
+        {},
+        {"x": [torch.ones(1)], "y": {"z": ()}, "t": torch.ones(1)},
+        UserDict(x=[1]),
+        [packed],
+        packed,
+        None,
+    ):
         assert trees.check_batch(batch) is False

@@ -25,8 +25,17 @@ from hf_packfix.models import (
     RecurrentEncoderDecoderConfig,
     RecurrentForCausalLM,
 )
-from tests.support.oracle import Tagger, assert_same_run, packed_batch, padded_batch, rows, stock, train
-from tests.support.reports import Stream, assert_same_report, report
+from tests.support.oracle import (
+    Tagger,
+    assert_same_run,
+    assert_training_equals_padded,
+    packed_batch,
+    padded_batch,
+    rows,
+    stock,
+    train,
+)
+from tests.support.reports import Stream, assert_evaluation_equals_padded, assert_same_report, report
 
 PACKAGE = Path(hf_packfix.__file__).parent
 #: Programs of their own, whose tensors are on the default device as a user's are.
@@ -117,13 +126,8 @@ def lists(features: list[dict[str, Any]]) -> Any:
 
 def test_our_collator(tmp_path):
     with NoDefaultDevice():
-        packed = train(tmp_path, Tagger, rows(), lists)
-        reported = report(tmp_path, Tagger, lists, rows())
-        with stock():
-            padded = train(tmp_path, Tagger, rows(), padded_batch)
-            expected = report(tmp_path, Tagger, padded_batch, rows())
-    assert_same_run(packed, padded)
-    assert_same_report(reported, expected)
+        assert_training_equals_padded(tmp_path, Tagger, rows(), lists)
+        assert_evaluation_equals_padded(tmp_path, Tagger, rows(), packed=lists)
 
 
 @pytest.mark.parametrize("make", [list, np.array, torch.tensor])
@@ -193,11 +197,11 @@ def test_our_layers_under_a_default_device(kind):
     torch.manual_seed(0)
     layer = getattr(hf_packfix.rnn, kind)(3, 4, num_layers=2)
     values = [torch.randn(n, 3) for n in (9, 12, 7)]
-    pack = torch.nn.utils.rnn.pack_sequence(values, enforce_sorted=False)
+    packed = torch.nn.utils.rnn.pack_sequence(values, enforce_sorted=False)
 
     def run() -> list[torch.Tensor]:
         layer.zero_grad()
-        states, _ = layer(pack)
+        states, _ = layer(packed)
         states.data.square().sum().backward()
         return [states.data.detach(), *(parameter.grad.clone() for parameter in layer.parameters())]
 

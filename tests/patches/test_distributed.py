@@ -219,15 +219,15 @@ def test_stock_dies_on_a_stream_in_one_process(tmp_path):
 # --- accelerate's operations, alone and nested ----------------------------------------------------------
 
 
-def two_packs():
+def two_packed():
     first = [torch.arange(4), torch.arange(1) + 10, torch.arange(2) + 20]
     second = [torch.arange(3) + 30, torch.arange(5) + 40]
     return first, second, pack_sequence(first, enforce_sorted=False), pack_sequence(second, enforce_sorted=False)
 
 
-def sequences(pack):
+def sequences(packed):
     """Return the sequences as lists; unlike torch's own function, raises where the fields contradict each other."""
-    return [sequence.tolist() for sequence in jagged.to_jagged(pack)[0].split(packing.lengths(pack).tolist())]
+    return [sequence.tolist() for sequence in jagged.to_jagged(packed)[0].split(packing.lengths(packed).tolist())]
 
 
 @pytest.mark.needs_patch(
@@ -241,37 +241,37 @@ def sequences(pack):
 )
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"x": [x, {"y": (x,)}]}], ids=["alone", "nested"])
 def test_operations(wrap):
-    first, second, pack, other = two_packs()
+    first, second, packed, other = two_packed()
 
     def leaves(tree):
         return [tree["x"][0], tree["x"][1]["y"][0]] if isinstance(tree, dict) else [tree]
 
-    assert operations.find_batch_size(wrap(pack)) == 3
-    for part in leaves(operations.slice_tensors(wrap(pack), slice(1, 3))):
+    assert operations.find_batch_size(wrap(packed)) == 3
+    for part in leaves(operations.slice_tensors(wrap(packed), slice(1, 3))):
         assert sequences(part) == [[10], [20, 21]]
-    for whole in leaves(operations.concatenate([wrap(pack), wrap(other)])):
+    for whole in leaves(operations.concatenate([wrap(packed), wrap(other)])):
         assert sequences(whole) == [sequence.tolist() for sequence in first + second]
-    structure = operations.get_data_structure(wrap(pack))
+    structure = operations.get_data_structure(wrap(packed))
     for empty in leaves(operations.initialize_tensors(structure)):
-        assert empty.data.shape == pack.data.shape
-        assert empty.data.dtype == pack.data.dtype
-        assert empty.batch_sizes.shape == pack.batch_sizes.shape
-        assert empty.sorted_indices.shape == pack.sorted_indices.shape
-    assert leaves(operations.get_shape(wrap(pack)))[0] == [3, 4]
-    for same in leaves(operations.broadcast(wrap(pack))):
-        assert torch.equal(packing.pad(same), packing.pad(pack))
-    for padded in leaves(operations.gather(wrap(pack))):
+        assert empty.data.shape == packed.data.shape
+        assert empty.data.dtype == packed.data.dtype
+        assert empty.batch_sizes.shape == packed.batch_sizes.shape
+        assert empty.sorted_indices.shape == packed.sorted_indices.shape
+    assert leaves(operations.get_shape(wrap(packed)))[0] == [3, 4]
+    for same in leaves(operations.broadcast(wrap(packed))):
+        assert torch.equal(packing.pad(same), packing.pad(packed))
+    for padded in leaves(operations.gather(wrap(packed))):
         assert padded.tolist() == [[0, 1, 2, 3], [10, -100, -100, -100], [20, 21, -100, -100]]
-    for padded in leaves(operations.pad_across_processes(wrap(pack), dim=1, pad_index=7)):
+    for padded in leaves(operations.pad_across_processes(wrap(packed), dim=1, pad_index=7)):
         assert padded.tolist() == [[0, 1, 2, 3], [10, 7, 7, 7], [20, 21, 7, 7]]
 
 
 @pytest.mark.parametrize("trailing", [(), (5,), (5, 6)])
-def test_the_shape_of_a_pack_is_that_of_its_padded_tensor(trailing):
-    pack = pack_sequence([torch.zeros(length, *trailing) for length in (2, 4, 1)], enforce_sorted=False)
+def test_the_shape_of_a_packed_sequence_is_that_of_its_padded_tensor(trailing):
+    packed = pack_sequence([torch.zeros(length, *trailing) for length in (2, 4, 1)], enforce_sorted=False)
     with stock():
-        expected = operations.get_shape([packing.pad(pack)])
-    assert operations.get_shape([pack]) == expected == [[3, 4, *trailing]]
+        expected = operations.get_shape([packing.pad(packed)])
+    assert operations.get_shape([packed]) == expected == [[3, 4, *trailing]]
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
@@ -286,9 +286,9 @@ def test_what_is_padded_across_processes(monkeypatch, dim, pad_first):
         calls.append((tree, options))
         return tree
 
-    pack = two_packs()[2]
-    found = patch.wrap(original)([pack], dim=dim, pad_index=-100, pad_first=pad_first)
-    expected = packing.pad(pack, -100)
+    packed = two_packed()[2]
+    found = patch.wrap(original)([packed], dim=dim, pad_index=-100, pad_first=pad_first)
+    expected = packing.pad(packed, -100)
     assert torch.equal(found[0], expected)
     options = {"pad_index": -100, "pad_first": pad_first}
     *steps, (tree, whole) = calls
@@ -297,7 +297,7 @@ def test_what_is_padded_across_processes(monkeypatch, dim, pad_first):
     assert [each for _, each in steps] == ([] if dim == 1 else [{"dim": 1, **options}])
     # The evaluation loop asks for just this, and keeps it flat; nobody else's padded tensor remembers its lengths.
     assert has_lengths(found[0]) is (dim == 1 and not pad_first)
-    assert not has_lengths(patch.wrap(original)([pack], dim=1, pad_index=0)[0])
+    assert not has_lengths(patch.wrap(original)([packed], dim=1, pad_index=0)[0])
 
 
 @pytest.mark.parametrize("use", ["gather", "gather_for_metrics"])
@@ -308,9 +308,9 @@ def test_gathering_asks_for_padded_tensors_of_one_width(monkeypatch, use):
     original = operations.pad_across_processes
     monkeypatch.setattr(operations, "pad_across_processes", lambda x, **o: calls.append(o) or original(x, **o))
     if use == "gather":
-        operations.gather([two_packs()[2]])
+        operations.gather([two_packed()[2]])
     else:
-        Accelerator(cpu=True).gather_for_metrics([two_packs()[2]])
+        Accelerator(cpu=True).gather_for_metrics([two_packed()[2]])
     assert calls == [{"dim": 1, "pad_index": -100}]
 
 
@@ -326,18 +326,18 @@ def test_gathering_asks_for_padded_tensors_of_one_width(monkeypatch, use):
 )
 def test_what_has_no_meaning_says_so(use, message):
     with pytest.raises(TypeError, match=message):
-        use(two_packs()[2])
+        use(two_packed()[2])
 
 
 @pytest.mark.needs_patch("accelerate.accelerator:Accelerator.gather_for_metrics")
 def test_gather_for_metrics_cuts_the_last_batch_by_sequence():
     from accelerate import Accelerator
 
-    pack = two_packs()[2]
+    packed = two_packed()[2]
     accelerator = SimpleNamespace(
         gather=lambda data: data, gradient_state=SimpleNamespace(end_of_dataloader=True, remainder=2)
     )
-    found = Accelerator.gather_for_metrics(accelerator, pack)
+    found = Accelerator.gather_for_metrics(accelerator, packed)
     assert found.tolist() == [[0, 1, 2, 3], [10, -100, -100, -100]]
 
 
@@ -345,25 +345,25 @@ def test_gather_for_metrics_cuts_the_last_batch_by_sequence():
 def test_mixed_precision_of_fsdp_casts_the_data():
     from torch.distributed.utils import _apply_to_tensors
 
-    pack = two_packs()[2]
-    features = pack._replace(data=pack.data.float())
+    packed = two_packed()[2]
+    features = packed._replace(data=packed.data.float())
     cast, again = _apply_to_tensors(lambda data: data.half(), [features, {"x": features.data}])
     assert torch.equal(cast.data, again["x"])
     assert cast.data.dtype == torch.float16
 
 
 @pytest.mark.needs_patch("accelerate.utils.operations:broadcast")
-def test_a_sorted_pack_is_sent_as_data_and_batch_sizes():
+def test_a_sorted_packed_sequence_is_sent_as_data_and_batch_sizes():
     sent = []
     state = mock.Mock(distributed_type=DistributedType.MULTI_CPU, debug=False)
-    pack = pack_sequence([torch.arange(4), torch.arange(3), torch.arange(3)])
+    packed = pack_sequence([torch.arange(4), torch.arange(3), torch.arange(3)])
     with (
         mock.patch.object(operations, "PartialState", return_value=state),
         mock.patch("torch.distributed.broadcast", lambda tensor, src: sent.append(tensor.clone())),
     ):
-        same = operations.broadcast({"x": pack})["x"]
-    assert [len(tensor) for tensor in sent] == [len(pack.data), len(pack.batch_sizes)]  # no missing index tensors
-    assert torch.equal(same.data, pack.data)
+        same = operations.broadcast({"x": packed})["x"]
+    assert [len(tensor) for tensor in sent] == [len(packed.data), len(packed.batch_sizes)]  # no missing index tensors
+    assert torch.equal(same.data, packed.data)
 
 
 # --- nn.DataParallel, torch.compile ---------------------------------------------------------------------

@@ -35,7 +35,14 @@ from tests.support.oracle import (
     train,
     transformers_from,
 )
-from tests.support.reports import Recorder, Stream, assert_same_report, assert_same_tree, compare, report
+from tests.support.reports import (
+    Recorder,
+    Stream,
+    assert_evaluation_equals_padded,
+    assert_same_report,
+    assert_same_tree,
+    report,
+)
 from tests.support.warned import messages
 
 # --- shapes of outputs and labels -----------------------------------------------------------------------
@@ -44,7 +51,7 @@ from tests.support.warned import messages
 @pytest.mark.needs_patch("transformers.trainer_pt_utils:nested_detach")
 @pytest.mark.parametrize("model", [Tagger, PlainTagger, TupleTagger])
 def test_outputs_of_every_kind(tmp_path, model):
-    metrics, calls, prediction = compare(tmp_path, model, rows())
+    metrics, calls, prediction = assert_evaluation_equals_padded(tmp_path, model, rows())
     assert metrics["eval_accuracy"] > 0
     assert calls[0].predictions.shape == (14, 9, 4)
     assert prediction.label_ids.shape == (14, 9)
@@ -62,7 +69,7 @@ def test_rows_come_in_the_order_of_the_data_set(tmp_path):
 def test_packs_nested_in_a_tuple_of_outputs(tmp_path):
     torch.manual_seed(0)
     model = Tagger(OracleConfig(output_hidden_states=True))
-    _, calls, _ = compare(tmp_path, model, rows())
+    _, calls, _ = assert_evaluation_equals_padded(tmp_path, model, rows())
     logits, (states, (again,)) = calls[0].predictions
     assert logits.shape == (14, 9, 4)
     assert states.shape == again.shape == (14, 9, HIDDEN)
@@ -91,14 +98,14 @@ class PaddedLabels(Tagger):
 
 
 def test_packed_labels_alone(tmp_path):
-    compare(tmp_path, PaddedLogits, rows())
+    assert_evaluation_equals_padded(tmp_path, PaddedLogits, rows())
 
 
 def test_packed_logits_alone(tmp_path):
     def collate(features):
         return {**packed_batch(features), "labels": padded_batch(features)["labels"]}
 
-    compare(tmp_path, PaddedLabels, rows(), packed=collate)
+    assert_evaluation_equals_padded(tmp_path, PaddedLabels, rows(), packed=collate)
 
 
 class TwoTargets(Tagger):
@@ -112,7 +119,9 @@ def test_several_label_names_of_mixed_kinds(tmp_path):
         {**row, "weight_labels": row["labels"].float() / 3, "row_labels": torch.tensor(i)}
         for i, row in enumerate(rows())
     ]
-    found = compare(tmp_path, TwoTargets, data, label_names=["labels", "weight_labels", "row_labels"])
+    found = assert_evaluation_equals_padded(
+        tmp_path, TwoTargets, data, label_names=["labels", "weight_labels", "row_labels"]
+    )
     assert [array.shape for array in found[2].label_ids] == [(14, 9), (14, 9), (14,)]
 
 
@@ -139,7 +148,7 @@ def test_several_label_names_of_mixed_kinds(tmp_path):
 def test_arguments_of_the_loop(tmp_path, changes):
     if "eval_use_gather_object" in changes and Version(accelerate.__version__) <= Version("0.30.0"):
         pytest.skip(f"accelerate {accelerate.__version__} has no gather_object for it; 0.30.1 is the first with it")
-    compare(tmp_path, Tagger, rows(), **changes)
+    assert_evaluation_equals_padded(tmp_path, Tagger, rows(), **changes)
 
 
 @pytest.mark.skipif(
@@ -148,17 +157,17 @@ def test_arguments_of_the_loop(tmp_path, changes):
 )
 @pytest.mark.parametrize("changes", [{}, {"eval_accumulation_steps": 1}, {"eval_accumulation_steps": 2}], ids=str)
 def test_the_legacy_prediction_loop(tmp_path, changes):
-    compare(tmp_path, Tagger, rows(), use_legacy_prediction_loop=True, **changes)
+    assert_evaluation_equals_padded(tmp_path, Tagger, rows(), use_legacy_prediction_loop=True, **changes)
 
 
 @pytest.mark.parametrize("longest_first", [True, False])
 def test_a_last_batch_with_shorter_sequences_and_one_with_longer(tmp_path, longest_first):
     data = sorted(rows(), key=lambda row: len(row["input_ids"]), reverse=longest_first)
-    compare(tmp_path, Tagger, data)
+    assert_evaluation_equals_padded(tmp_path, Tagger, data)
 
 
 def test_sequences_of_length_one(tmp_path):
-    found = compare(tmp_path, Tagger, rows(5, longest=1))
+    found = assert_evaluation_equals_padded(tmp_path, Tagger, rows(5, longest=1))
     assert found[2].label_ids.shape == (5, 1)
 
 
@@ -228,7 +237,7 @@ def test_number_of_samples_of_a_data_set_without_a_length(tmp_path):
 
 
 class OwnPredictionStep(Trainer):
-    """Overrides the step without calling ``super()`` and returns packs."""
+    """Overrides the step without calling ``super()`` and returns packed outputs."""
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -276,18 +285,18 @@ class OwnLoop(Trainer):
 
 @pytest.mark.parametrize("trainer", [OwnPredictionStep, OwnLoss, OwnStepWithSuper, OwnLoop])
 def test_subclasses_are_served(tmp_path, trainer):
-    compare(tmp_path, Tagger, rows(), trainer=trainer)
+    assert_evaluation_equals_padded(tmp_path, Tagger, rows(), trainer=trainer)
 
 
-def test_metrics_never_get_a_pack():
+def test_metrics_never_get_a_packed_sequence():
     from transformers import EvalPrediction
 
     batch = packed_batch(rows(4))
-    with_packs = EvalPrediction(batch["labels"], batch["labels"], inputs={"x": [batch["input_ids"]]})
+    with_packed = EvalPrediction(batch["labels"], batch["labels"], inputs={"x": [batch["input_ids"]]})
     expected = padded_batch(rows(4))
-    assert torch.equal(with_packs.label_ids, expected["labels"])
-    assert torch.equal(with_packs.predictions, expected["labels"])
-    assert with_packs.inputs["x"][0].shape == expected["input_ids"].shape
+    assert torch.equal(with_packed.label_ids, expected["labels"])
+    assert torch.equal(with_packed.predictions, expected["labels"])
+    assert with_packed.inputs["x"][0].shape == expected["input_ids"].shape
 
 
 # --- evaluation while training --------------------------------------------------------------------------

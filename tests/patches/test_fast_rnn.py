@@ -38,17 +38,17 @@ def off_again() -> Iterator[None]:
     hf_packfix.enable(fast_rnn=False)
 
 
-def new_pack() -> PackedSequence:
+def new_packed() -> PackedSequence:
     torch.manual_seed(0)
     return pack_sequence([torch.randn(n, 3) for n in (12, 30, 7)], enforce_sorted=False)
 
 
 def is_fast(layer: nn.Module) -> bool:
     """Return whether a layer trains with our backward; its results are torch's all the same."""
-    pack = new_pack()
-    output = layer(pack)[0].data
+    packed = new_packed()
+    output = layer(packed)[0].data
     with torch.no_grad():
-        torch.testing.assert_close(output, layer(pack)[0].data)
+        torch.testing.assert_close(output, layer(packed)[0].data)
     seen: set[Any] = set()
     nodes = [output.grad_fn]
     while nodes:
@@ -204,7 +204,7 @@ def test_hooks_copies_and_pickles(kind):
     for one in (layer, copied):
         assert is_fast(one)
     assert seen.count("before") == seen.count("after") == 4
-    layer(new_pack())[1][0].sum().backward()
+    layer(new_packed())[1][0].sum().backward()
     again = pickle.loads(pickle.dumps(kind(3, 4)))
     assert is_fast(again)
     function = vars(kind)["forward"]
@@ -242,11 +242,11 @@ def test_scripting_and_compiling():
 @pytest.mark.parametrize("kind", LAYERS)
 def test_functional_calls_use_the_weights_given(kind):
     hf_packfix.enable(fast_rnn=True)
-    layer, pack = kind(3, 4), new_pack()
+    layer, packed = kind(3, 4), new_packed()
     doubled = {name: (2 * value).detach().requires_grad_() for name, value in layer.named_parameters()}
-    found = torch.func.functional_call(layer, doubled, (pack,))[0].data
+    found = torch.func.functional_call(layer, doubled, (packed,))[0].data
     hf_packfix.enable(fast_rnn=False)
-    torch.testing.assert_close(found, torch.func.functional_call(layer, doubled, (pack,))[0].data)
+    torch.testing.assert_close(found, torch.func.functional_call(layer, doubled, (packed,))[0].data)
 
 
 def test_a_wrapper_around_ours_is_left_standing(monkeypatch):

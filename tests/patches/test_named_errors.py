@@ -18,8 +18,8 @@ from tests.support.oracle import PlainTagger, Row, new_trainer, packed_batch, ro
 INCONSISTENT = "in the batch: this PackedSequence is inconsistent: its batch_sizes sum to"
 
 
-def torn(pack: PackedSequence) -> PackedSequence:
-    return pack._replace(data=pack.data[:-1])
+def inconsistent(packed: PackedSequence) -> PackedSequence:
+    return packed._replace(data=packed.data[:-1])
 
 
 class Pair(NamedTuple):
@@ -47,7 +47,7 @@ class OfPositions(Trainer):
 def test_a_position_is_named(tmp_path, kind, spoilt, run):
     def collate(features: list[Row]) -> Any:
         values = list(packed_batch(features).values())
-        values[spoilt] = torn(values[spoilt])
+        values[spoilt] = inconsistent(values[spoilt])
         return kind(values)
 
     trainer = new_trainer(tmp_path, PlainTagger, rows(3), collate, trainer=OfPositions)
@@ -56,21 +56,21 @@ def test_a_position_is_named(tmp_path, kind, spoilt, run):
 
 
 def test_what_is_named_in_other_batches():
-    pack = packed_batch(rows(3))["input_ids"]
+    packed = packed_batch(rows(3))["input_ids"]
     for batch, name in (
-        ([pack, torn(pack)], "position 1"),
-        ((1, [{"deep": torn(pack)}]), "position 1"),
-        (Pair(pack, torn(pack)), "'y'"),
-        ({"x": pack, "y": [torn(pack)]}, "'y'"),
-        ({"x": pack, 3: (torn(pack),)}, "3"),
+        ([packed, inconsistent(packed)], "position 1"),
+        ((1, [{"deep": inconsistent(packed)}]), "position 1"),
+        (Pair(packed, inconsistent(packed)), "'y'"),
+        ({"x": packed, "y": [inconsistent(packed)]}, "'y'"),
+        ({"x": packed, 3: (inconsistent(packed),)}, "3"),
     ):
         with pytest.raises(ValueError, match=f"^{name} {INCONSISTENT}"):
             trees.check_batch(batch)
     for find in (find_batch_size, operations.find_batch_size):
         for batch, name in (
-            ({"x": torn(pack)}, "'x'"),
-            ([torn(pack)], "position 0"),
-            ({"outer": [{"inner": torn(pack)}]}, "'outer'"),
+            ({"x": inconsistent(packed)}, "'x'"),
+            ([inconsistent(packed)], "position 0"),
+            ({"outer": [{"inner": inconsistent(packed)}]}, "'outer'"),
         ):
             with pytest.raises(ValueError, match=f"^{name} {INCONSISTENT}"):
                 find(batch)
@@ -152,9 +152,9 @@ def test_a_container_outside_of_a_loop_names_what_it_can():
 
     first, other = widths(rows(3), 2), widths(rows(3), 1)
     for wrap, name in (
-        (lambda pack: pack, "what the model returns"),
-        (lambda pack: (pack, pack), "position 0"),
-        (lambda pack: {"logits": pack}, "'logits'"),
+        (lambda packed: packed, "what the model returns"),
+        (lambda packed: (packed, packed), "position 0"),
+        (lambda packed: {"logits": packed}, "'logits'"),
     ):
         container = EvalLoopContainer()
         add(container, wrap(first))
@@ -176,7 +176,7 @@ def test_concatenation_names_key_and_batch():
         with pytest.raises(ValueError, match=rf"^{name} has steps of shape \[1\] in batch 1, but \[2\] in batch 0"):
             operations.concatenate(batches)
     with pytest.raises(ValueError, match=f"^'y' {INCONSISTENT}"):
-        operations.concatenate([{"x": wide, "y": wide}, {"x": wide, "y": torn(wide)}])
+        operations.concatenate([{"x": wide, "y": wide}, {"x": wide, "y": inconsistent(wide)}])
 
 
 def test_upstream_would_repeat_a_dimension_of_size_one():

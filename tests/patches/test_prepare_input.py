@@ -15,16 +15,16 @@ from transformers import BatchEncoding, BatchFeature, Trainer
 
 import hf_packfix
 from tests.support.oracle import stock
-from tests.support.packs import CPU, META, bare_trainer, some_pack
+from tests.support.packed_sequences import CPU, META, bare_trainer, some_packed
 
 
 def test_the_same_object_comes_back_when_nothing_moves():
-    packed = some_pack()
+    packed = some_packed()
     assert bare_trainer()._prepare_input(packed) is packed
 
 
 def test_fields_move_and_batch_sizes_stay():
-    packed = some_pack()
+    packed = some_packed()
     moved = bare_trainer(META)._prepare_input(packed)
     assert type(moved) is PackedSequence
     assert moved.data.device == moved.sorted_indices.device == moved.unsorted_indices.device == META
@@ -32,7 +32,7 @@ def test_fields_move_and_batch_sizes_stay():
 
 
 def test_missing_indices_stay_missing():
-    moved = bare_trainer(META)._prepare_input(some_pack(sort=True))
+    moved = bare_trainer(META)._prepare_input(some_packed(sort=True))
     assert moved.data.device == META
     assert moved.sorted_indices is None
     assert moved.unsorted_indices is None
@@ -40,22 +40,22 @@ def test_missing_indices_stay_missing():
 
 @pytest.mark.parametrize("left_behind", ["sorted_indices", "unsorted_indices", "both"])
 def test_indices_follow_data_that_is_there_already(left_behind):
-    packed = some_pack()
+    packed = some_packed()
     there = {"data": packed.data.to(META)}
     if left_behind == "sorted_indices":
         there["unsorted_indices"] = packed.unsorted_indices.to(META)
     if left_behind == "unsorted_indices":
         there["sorted_indices"] = packed.sorted_indices.to(META)
-    torn = packed._replace(**there)
-    moved = bare_trainer(META)._prepare_input(torn)
-    assert moved.data is torn.data
+    inconsistent = packed._replace(**there)
+    moved = bare_trainer(META)._prepare_input(inconsistent)
+    assert moved.data is inconsistent.data
     assert moved.sorted_indices.device == moved.unsorted_indices.device == META
-    with_stock_to = torn.to(META)  # torch's own `to` leaves them behind
+    with_stock_to = inconsistent.to(META)  # torch's own `to` leaves them behind
     assert CPU in (with_stock_to.sorted_indices.device, with_stock_to.unsorted_indices.device)
 
 
 def test_each_field_moves_once(monkeypatch):
-    packed, moves = some_pack(), []
+    packed, moves = some_packed(), []
     to = torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: moves.append(id(self)) or to(self, *a, **k))
     bare_trainer(META)._prepare_input(packed)
@@ -69,7 +69,7 @@ def test_each_field_moves_once(monkeypatch):
     [(torch.float32, torch.bfloat16), (torch.int64, torch.int64), (torch.bool, torch.bool)],
 )
 def test_the_deepspeed_cast_reaches_floating_data_alone(dtype, expected):
-    packed = some_pack(dtype)
+    packed = some_packed(dtype)
     moved = bare_trainer(META, dtype=torch.bfloat16)._prepare_input(packed)
     assert moved.data.dtype == expected
     assert moved.sorted_indices.dtype == moved.unsorted_indices.dtype == moved.batch_sizes.dtype == torch.int64
@@ -84,8 +84,8 @@ def test_a_subclass_that_handles_tensors_handles_data():
                 return super()._prepare_input(data * 2)
             return super()._prepare_input(data)
 
-    moved = bare_trainer(cls=Doubling)._prepare_input({"x": [some_pack()]})["x"][0]
-    assert torch.equal(moved.data, 2 * some_pack().data)
+    moved = bare_trainer(cls=Doubling)._prepare_input({"x": [some_packed()]})["x"][0]
+    assert torch.equal(moved.data, 2 * some_packed().data)
 
 
 @pytest.mark.parametrize("where", ["class, before us", "class, after us", "instance"])
@@ -101,8 +101,8 @@ def test_a_wrapper_that_handles_tensors_handles_data(monkeypatch, where):
         monkeypatch.setattr(
             owner, "_prepare_input", types.MethodType(doubling, owner) if owner is trainer else doubling
         )
-    moved = trainer._prepare_input([some_pack()])[0]
-    assert torch.equal(moved.data, 2 * some_pack().data)
+    moved = trainer._prepare_input([some_packed()])[0]
+    assert torch.equal(moved.data, 2 * some_packed().data)
     hf_packfix.disable()
     monkeypatch.undo()
     hf_packfix.enable()
@@ -111,7 +111,7 @@ def test_a_wrapper_that_handles_tensors_handles_data(monkeypatch, where):
 @pytest.mark.parametrize("mapping", [dict, OrderedDict, UserDict, BatchEncoding, BatchFeature])
 def test_any_nesting(mapping):
     tensor = torch.ones(2)
-    inner = [some_pack(), (None, 3, "text", 2.5, tensor), {"y": some_pack(sort=True)}]
+    inner = [some_packed(), (None, 3, "text", 2.5, tensor), {"y": some_packed(sort=True)}]
     batch = mapping({"x": inner, "labels": tensor, "note": "text"})
     moved = bare_trainer(META)._prepare_input(batch)
     assert type(moved) is mapping
@@ -134,7 +134,7 @@ def test_ordinary_batches_come_out_as_from_stock(tree):
 
 def test_stock_refuses_a_packed_sequence():
     with stock(), pytest.raises(AssertionError):
-        bare_trainer()._prepare_input(some_pack())
+        bare_trainer()._prepare_input(some_packed())
 
 
 # --- dataclasses ----------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ class Slotted:
 @pytest.mark.parametrize("kind", [Plain, Frozen, Slotted])
 @pytest.mark.parametrize("wrap", [lambda batch: batch, lambda batch: {"nested": [batch]}], ids=["alone", "nested"])
 def test_a_dataclass_with_a_packed_sequence_moves_as_a_mapping_does(kind, wrap):
-    given = kind(x=[some_pack()], mask=torch.ones(2))
+    given = kind(x=[some_packed()], mask=torch.ones(2))
     found = bare_trainer(META)._prepare_input(wrap(given))
     moved = found["nested"][0] if isinstance(found, dict) else found
     assert type(moved) is kind
@@ -180,9 +180,9 @@ def test_other_dataclasses_come_out_as_from_stock():
     assert bare_trainer(META)._prepare_input(plain) is plain  # without a PackedSequence
     assert bare_trainer(META)._prepare_input(Plain) is Plain  # the class itself
     with stock():
-        packed = Plain(x=some_pack(), mask=torch.ones(2))
+        packed = Plain(x=some_packed(), mask=torch.ones(2))
         assert bare_trainer(META)._prepare_input(packed) is packed
-    output = bare_trainer(META)._prepare_input(BaseModelOutput(last_hidden_state=some_pack()))  # a mapping
+    output = bare_trainer(META)._prepare_input(BaseModelOutput(last_hidden_state=some_packed()))  # a mapping
     assert output["last_hidden_state"].data.device == META
 
 
@@ -190,7 +190,7 @@ def test_other_dataclasses_come_out_as_from_stock():
 
 
 def test_batch_feature_moves_as_prepare_input_does():
-    packed = some_pack()
+    packed = some_packed()
     feature = BatchFeature({"x": packed, "y": torch.ones(2), "nested": [packed, torch.ones(1), "text"]})
     moved = feature.to(META)
     assert moved is feature
@@ -201,7 +201,7 @@ def test_batch_feature_moves_as_prepare_input_does():
     assert moved["y"].device == moved["nested"][1].device == META
     assert moved["nested"][2] == "text"
     with stock():
-        # Up to 4.57 a pack is left where it is, from 5.0 on rebuilding it fails.
+        # Up to 4.57 a PackedSequence is left where it is, from 5.0 on rebuilding it fails.
         try:
             left = BatchFeature({"x": packed}).to(META)["x"].data.device
         except AssertionError:
@@ -211,14 +211,14 @@ def test_batch_feature_moves_as_prepare_input_does():
 
 @pytest.mark.needs_patch("transformers.feature_extraction_utils:BatchFeature.to")
 def test_batch_feature_casts_floating_data_alone():
-    feature = BatchFeature({"x": some_pack(), "ids": some_pack(torch.int64)}).to(torch.float16)
+    feature = BatchFeature({"x": some_packed(), "ids": some_packed(torch.int64)}).to(torch.float16)
     assert feature["x"].data.dtype == torch.float16
     assert feature["ids"].data.dtype == torch.int64
     assert feature["x"].sorted_indices.dtype == torch.int64
 
 
 def test_batch_feature_is_whole_after_a_refused_argument():
-    feature = BatchFeature({"x": some_pack(), "y": torch.ones(2)})
+    feature = BatchFeature({"x": some_packed(), "y": torch.ones(2)})
     with pytest.raises(ValueError, match="BatchFeature"):
         feature.to(object())
     assert list(feature) == ["x", "y"]
@@ -228,8 +228,8 @@ def test_batch_feature_is_whole_after_a_refused_argument():
 
 
 @pytest.mark.needs_patch("transformers.tokenization_utils_base:BatchEncoding.to")
-def test_batch_encoding_keeps_and_moves_packs():
-    encoding = BatchEncoding({"x": some_pack(), "y": torch.ones(2)})
+def test_batch_encoding_keeps_and_moves_packed_sequences():
+    encoding = BatchEncoding({"x": some_packed(), "y": torch.ones(2)})
     moved = encoding.to(META)
     assert moved is encoding
     assert list(moved) == ["x", "y"]

@@ -15,15 +15,15 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from hf_packfix.patches import Patch, probe, transformers_trainer
-from tests.support.packs import META
+from tests.support.packed_sequences import META
 from tests.support.probed import PROBED, wrapper_of
 
 
 def on_meta(**fields: Any) -> PackedSequence:
-    """Return a pack of which all that must move has moved, some fields replaced."""
-    pack = probe.packed()
-    moved = {name: getattr(pack, name).to(META) for name in ("data", "sorted_indices", "unsorted_indices")}
-    return pack._replace(**{**moved, **fields})
+    """Return a PackedSequence of which all that must move has moved, some fields replaced."""
+    packed = probe.packed()
+    moved = {name: getattr(packed, name).to(META) for name in ("data", "sorted_indices", "unsorted_indices")}
+    return packed._replace(**{**moved, **fields})
 
 
 @pytest.mark.parametrize("patch", PROBED, ids=lambda patch: patch.path)
@@ -75,7 +75,7 @@ PACK = probe.packed()
 
 
 def scaled(factor: float) -> Any:
-    """Return a smoother that knows packs, and gives so many times the loss for them."""
+    """Return a smoother that knows packed sequences, and gives so many times the loss for them."""
 
     def smooth(self: Any, outputs: Any, labels: Any) -> Any:
         packed = isinstance(labels, PackedSequence)

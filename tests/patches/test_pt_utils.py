@@ -31,7 +31,7 @@ def logits_and_labels() -> tuple[PackedSequence, PackedSequence]:
 @pytest.mark.parametrize("shift_labels", [False, True])
 @pytest.mark.parametrize("which", ["both", "logits", "labels", "other packing"])
 @pytest.mark.parametrize("kind", [dict, tuple])
-def test_smoothing_over_packs_is_smoothing_over_their_padded_tensors(shift_labels, which, kind):
+def test_smoothing_over_packed_sequences_is_smoothing_over_their_padded_tensors(shift_labels, which, kind):
     logits, labels = logits_and_labels()
     expected = LabelSmoother()({"logits": pad(logits)}, pad(labels, -100), shift_labels=shift_labels)
     if which == "logits":
@@ -66,19 +66,19 @@ def test_smoothing_names_lengths_that_differ():
 
 
 def test_named_tuples_are_concatenated_field_by_field():
-    pack = pack_sequence(PIECES, enforce_sorted=False)
-    first, second = Pair(pack, (torch.ones(3, 2),)), Pair(pack, (torch.zeros(3, 4),))
+    packed = pack_sequence(PIECES, enforce_sorted=False)
+    first, second = Pair(packed, (torch.ones(3, 2),)), Pair(packed, (torch.zeros(3, 4),))
     found = pt_utils.nested_concat(first, second, padding_index=7)
     assert type(found) is Pair
-    assert torch.equal(found.first, torch.cat([pad(pack, 7)] * 2))
+    assert torch.equal(found.first, torch.cat([pad(packed, 7)] * 2))
     assert torch.equal(found.second[0][:3, 2:], torch.full((3, 2), 7.0))
     with pytest.raises(AssertionError):  # stock's own: of two types
         pt_utils.nested_concat(first, tuple(second))
 
 
 def test_named_tuples_are_cut_and_turned_into_arrays_field_by_field():
-    pack = pack_sequence(PIECES, enforce_sorted=False)
-    tree = Pair(pack, [torch.ones(3)])
+    packed = pack_sequence(PIECES, enforce_sorted=False)
+    tree = Pair(packed, [torch.ones(3)])
     cut = pt_utils.nested_truncate(tree, 2)
     assert type(cut) is Pair
     assert pad(cut.first).tolist() == [[1, 0, 0], [2, 2, 1]]
@@ -86,7 +86,7 @@ def test_named_tuples_are_cut_and_turned_into_arrays_field_by_field():
     arrays = pt_utils.nested_numpify(tree)
     assert type(arrays) is Pair
     assert arrays.first.tolist() == [[1, 0, -100], [2, 2, 1], [0, -100, -100]]
-    gradients = pt_utils.nested_detach(Pair(pack._replace(data=torch.ones(6, requires_grad=True)), ()))
+    gradients = pt_utils.nested_detach(Pair(packed._replace(data=torch.ones(6, requires_grad=True)), ()))
     assert type(gradients) is Pair
     assert not gradients.first.data.requires_grad
 

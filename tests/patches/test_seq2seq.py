@@ -15,17 +15,16 @@ from tests.support.oracle import (
     Classifier,
     OracleConfig,
     Tagger,
-    assert_same_run,
+    assert_training_equals_padded,
     new_model,
     new_trainer,
     packed_batch,
     padded_batch,
     rows,
     stock,
-    train,
 )
 from tests.support.patched import patch_of
-from tests.support.reports import assert_same_report, assert_same_tree, compare, report
+from tests.support.reports import assert_evaluation_equals_padded, assert_same_report, assert_same_tree, report
 
 PAD = 16
 
@@ -60,12 +59,8 @@ def model_with(is_encoder_decoder: bool = True) -> Generating:
 
 def test_training_and_loss_evaluation(tmp_path):
     for model, labels in ((Tagger, "tokens"), (Classifier, "row")):
-        data = rows(labels=labels)
-        packed = train(tmp_path, model, data, packed_batch, trainer=Seq2SeqTrainer)
-        with stock():
-            padded = train(tmp_path, model, data, padded_batch, trainer=Seq2SeqTrainer)
-        assert_same_run(packed, padded)
-    compare(tmp_path, Tagger, rows())
+        assert_training_equals_padded(tmp_path, model, rows(labels=labels), trainer=Seq2SeqTrainer)
+    assert_evaluation_equals_padded(tmp_path, Tagger, rows())
 
 
 @pytest.mark.needs_patch("transformers.trainer_seq2seq:Seq2SeqTrainer.prediction_step")
@@ -135,9 +130,9 @@ def test_a_mask_of_the_batch_is_kept(tmp_path):
 
 def test_a_model_that_says_nothing_of_itself_continues_its_prompts():
     # No encoder that is known of, and no padding token.
-    pack = pack_sequence([torch.tensor([5]), torch.tensor([7, 8])], enforce_sorted=False)
+    packed = pack_sequence([torch.tensor([5]), torch.tensor([7, 8])], enforce_sorted=False)
     for model in (SimpleNamespace(), SimpleNamespace(config=SimpleNamespace())):
-        given = _for_generation(model, {"input_ids": pack, "labels": pack, "types": pack, "w": torch.ones(2)})
+        given = _for_generation(model, {"input_ids": packed, "labels": packed, "types": packed, "w": torch.ones(2)})
         assert list(given) == ["input_ids", "labels", "types", "w", "attention_mask"]
         assert given["input_ids"].tolist() == given["types"].tolist() == [[0, 5], [7, 8]]
         assert given["attention_mask"].tolist() == [[0, 1], [1, 1]]
@@ -152,7 +147,7 @@ def test_the_mask_of_features_has_one_number_a_step():
 
 
 @pytest.mark.parametrize(("collate", "loss_only"), [(padded_batch, False), (packed_batch, True), (padded_batch, True)])
-def test_a_step_without_generation_or_packs_is_the_original_s_alone(collate, loss_only):
+def test_a_step_without_generation_or_packed_sequences_is_the_original_s_alone(collate, loss_only):
     patch = patch_of("transformers.trainer_seq2seq:Seq2SeqTrainer.prediction_step")
     given = []
     trainer = SimpleNamespace(args=SimpleNamespace(predict_with_generate=True), model=torch.nn.Linear(1, 1))

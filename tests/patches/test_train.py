@@ -17,6 +17,7 @@ from tests.support.oracle import (
     PlainTagger,
     Tagger,
     assert_same_run,
+    assert_training_equals_padded,
     by_length,
     count_items,
     packed_batch,
@@ -35,11 +36,7 @@ MODELS = [(Classifier, "row"), (PlainClassifier, "row"), (Tagger, "tokens"), (Pl
 @pytest.mark.needs_patch("transformers.trainer:Trainer._prepare_input")
 @pytest.mark.parametrize(("model", "labels"), MODELS)
 def test_every_step_equals_the_padded_run(tmp_path, model, labels):
-    data = rows(labels=labels)
-    packed = train(tmp_path, model, data, packed_batch)
-    with stock():
-        padded = train(tmp_path, model, data, padded_batch)
-    assert_same_run(packed, padded)
+    assert_training_equals_padded(tmp_path, model, rows(labels=labels))
 
 
 @pytest.mark.parametrize(("model", "labels"), MODELS)
@@ -55,32 +52,21 @@ def test_a_subclass_defined_before_activation_is_served(tmp_path):
         class MyTrainer(Trainer):
             pass
 
-    packed = train(tmp_path, Tagger, rows(), packed_batch, trainer=MyTrainer)
-    with stock():
-        padded = train(tmp_path, Tagger, rows(), padded_batch)
-    assert_same_run(packed, padded)
+    assert_training_equals_padded(tmp_path, Tagger, rows(), only_packed={"trainer": MyTrainer})
 
 
 @pytest.mark.parametrize("wrap", [BatchEncoding, BatchFeature, dict])
 def test_batch_types_of_collators(tmp_path, wrap):
-    packed = train(tmp_path, Tagger, rows(), lambda features: wrap(packed_batch(features)))
-    with stock():
-        padded = train(tmp_path, Tagger, rows(), padded_batch)
-    assert_same_run(packed, padded)
+    assert_training_equals_padded(tmp_path, Tagger, rows(), lambda features: wrap(packed_batch(features)))
 
 
-def test_sorted_packs_without_indices(tmp_path):
-    packed = train(tmp_path, Tagger, rows(), by_length(sorted_packed_batch))
-    with stock():
-        padded = train(tmp_path, Tagger, rows(), by_length(padded_batch))
-    assert_same_run(packed, padded)
+def test_sorted_packed_sequences_without_indices(tmp_path):
+    packed, padded = by_length(sorted_packed_batch), by_length(padded_batch)
+    assert_training_equals_padded(tmp_path, Tagger, rows(), packed, padded)
 
 
 def test_data_loader_workers(tmp_path):
-    packed = train(tmp_path, Tagger, rows(), packed_batch, dataloader_num_workers=2)
-    with stock():
-        padded = train(tmp_path, Tagger, rows(), padded_batch)
-    assert_same_run(packed, padded)
+    assert_training_equals_padded(tmp_path, Tagger, rows(), only_packed={"dataloader_num_workers": 2})
 
 
 def test_resume_from_checkpoint(tmp_path, monkeypatch):
@@ -121,17 +107,11 @@ def sum_of_losses(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> 
 @pytest.mark.parametrize("model", [Tagger, PlainTagger])
 def test_gradient_accumulation_with_a_loss_function(tmp_path, model, steps):
     options = {"options": {"compute_loss_func": sum_of_losses}, "gradient_accumulation_steps": steps}
-    packed = train(tmp_path, model, rows(), packed_batch, **options)
-    with stock():
-        padded = train(tmp_path, model, rows(), padded_batch, **options)
-    assert_same_run(packed, padded)
+    assert_training_equals_padded(tmp_path, model, rows(), **options)
 
 
 def test_gradient_accumulation_without_a_loss_function(tmp_path):
-    packed = train(tmp_path, Tagger, rows(), packed_batch, gradient_accumulation_steps=3)
-    with stock():
-        padded = train(tmp_path, Tagger, rows(), padded_batch, gradient_accumulation_steps=3)
-    assert_same_run(packed, padded)
+    assert_training_equals_padded(tmp_path, Tagger, rows(), gradient_accumulation_steps=3)
 
 
 @pytest.mark.parametrize("shifts", [False, True])
@@ -250,10 +230,7 @@ def test_tokens_are_counted_in_accumulated_steps_and_items_as_well(tmp_path):
         "include_num_input_tokens_seen": True,
     }
     data = rows(18)  # six batches: 4.46 leaves out what does not fill the last step
-    packed = train(tmp_path, Tagger, data, packed_batch, **options)
-    with stock():
-        padded = train(tmp_path, Tagger, data, padded_batch, **options)
-    assert_same_run(packed, padded)
+    packed, _ = assert_training_equals_padded(tmp_path, Tagger, data, **options)
     assert packed.state.num_input_tokens_seen == 2 * sum(len(row["input_ids"]) for row in data)
 
 
@@ -264,12 +241,9 @@ def test_tokens_are_counted_in_accumulated_steps_and_items_as_well(tmp_path):
 @pytest.mark.parametrize("steps", [1, 3])
 def test_label_smoothing(tmp_path, steps):
     options = {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": steps}
-    packed = train(tmp_path, Tagger, rows(), packed_batch, **options)
-    with stock():
-        padded = train(tmp_path, Tagger, rows(), padded_batch, **options)
-        plain = train(tmp_path, Tagger, rows(), padded_batch, gradient_accumulation_steps=steps)
-    assert_same_run(packed, padded)
-    assert abs(padded.losses[-1] - plain.losses[-1]) > 1e-4  # it does smooth
+    packed, _ = assert_training_equals_padded(tmp_path, Tagger, rows(), **options)
+    plain = train(tmp_path, Tagger, rows(), packed_batch, gradient_accumulation_steps=steps)
+    assert abs(packed.losses[-1] - plain.losses[-1]) > 1e-4  # it does smooth
 
 
 @pytest.mark.parametrize("shift", [False, True])

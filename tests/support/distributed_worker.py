@@ -255,7 +255,7 @@ def broadcasting(packed: bool) -> Any:
         return [listed(pad_sequence(sequences, True)) for sequences in expected] + [7]
     mine = [pack_sequence(sequences, enforce_sorted=False) for sequences in expected]
     if state.process_index != 0:
-        # Receivers have packs of the same sizes; what they hold is overwritten.
+        # Receivers have packed sequences of the same sizes; what they hold is overwritten.
         structure = operations.get_data_structure(mine)
         mine = operations.initialize_tensors(structure)
     flag = torch.tensor([7 * (state.process_index == 0)], device=state.device)
@@ -267,7 +267,7 @@ def broadcasting(packed: bool) -> Any:
 
 
 def sharded(packed: bool, dtype: torch.dtype | None = None) -> Any:
-    """Train a sharded model; without packs, the same model whole, on the same rows."""
+    """Train a sharded model; on padded batches, the same model whole, on the same rows."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

@@ -358,3 +358,37 @@ def assert_same_run(packed: Run, padded: Run, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(packed.grad_norms, padded.grad_norms, rtol=10 * tolerance, atol=tolerance)
     for name, weight in padded.weights.items():
         torch.testing.assert_close(packed.weights[name], weight, rtol=10 * tolerance, atol=tolerance)
+
+
+def assert_training_equals_padded(
+    directory: Path,
+    model: Callable[[], nn.Module],
+    data: Any,
+    packed: Callable[[list[Row]], Any] = packed_batch,
+    padded: Callable[[list[Row]], Any] = padded_batch,
+    *,
+    tolerance: float = 2e-5,
+    only_packed: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> tuple[Run, Run]:
+    """Assert that packed batches train under the plugin as padded ones train without it; return both runs.
+
+    Args:
+        directory: the output directory.
+        model: the class of the model, or a function that builds one.
+        data: the rows.
+        packed: the collator of the run under the plugin.
+        padded: the collator of the stock run.
+        tolerance: of losses, and ten times that of gradient norms and weights.
+        only_packed: options of the run under the plugin alone.
+        **options: of both runs, as in :func:`train`.
+    """
+
+    def new() -> Any:
+        return model if isinstance(model, type) else model()
+
+    found = train(directory, new(), data, packed, **{**options, **(only_packed or {})})
+    with stock():
+        expected = train(directory, new(), data, padded, **options)
+    assert_same_run(found, expected, tolerance)
+    return found, expected

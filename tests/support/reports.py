@@ -79,8 +79,8 @@ def assert_same_report(found, expected) -> None:
     assert found[2].metrics["test_loss"] == pytest.approx(expected[2].metrics["test_loss"], rel=1e-5)
 
 
-def compare(directory, model, data, *, packed=packed_batch, padded=padded_batch, **kwargs):
-    """Assert that both runs report the same, and return the packed one's report."""
+def assert_evaluation_equals_padded(directory, model, data, packed=packed_batch, padded=padded_batch, **kwargs):
+    """Assert that packed batches are evaluated under the plugin as padded ones without it; return the first report."""
     found = report(directory, model, packed, data, **kwargs)
     with stock():
         expected = report(directory, model, padded, data, **kwargs)

@@ -129,7 +129,7 @@ class Scorer(PreTrainedModel):
 
 
 class Sentence(Module):
-    """A sentence embedding: the mean of a GRU's states; tokenizes to packs, or to padded tensors with a mask."""
+    """A sentence embedding: the mean of a GRU's states; tokenizes to packed or to padded batches."""
 
     def __init__(self, packed: bool) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ def bare_trainer(device: torch.device = CPU, cls: type[Trainer] = Trainer, dtype
     return trainer
 
 
-def some_pack(dtype: torch.dtype = torch.float32, sort: bool = False) -> PackedSequence:
+def some_packed(dtype: torch.dtype = torch.float32, sort: bool = False) -> PackedSequence:
     pieces = [torch.ones(1, 2), torch.ones(3, 2), torch.ones(2, 2)]
     if sort:
         pieces.sort(key=len, reverse=True)

@@ -11,7 +11,7 @@ import torch.distributed.utils
 
 from hf_packfix.patches import PATCHES, Patch
 from hf_packfix.patches.patch import succeeds
-from tests.support.packs import some_pack
+from tests.support.packed_sequences import some_packed
 from tests.support.probed import PROBED, wrapper_of
 
 RESULT = object()
@@ -70,12 +70,12 @@ def assert_handed_over(patch: Patch, batch: Any) -> None:
 @pytest.mark.parametrize("kind", ["packed", "plain"])
 def test_an_inactive_wrapper(monkeypatch, patch, kind):
     monkeypatch.setattr(patch, "active", False)
-    batch = {"logits": some_pack() if kind == "packed" else torch.ones(2, 3), "labels": None}
+    batch = {"logits": some_packed() if kind == "packed" else torch.ones(2, 3), "labels": None}
     assert_handed_over(patch, batch)
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.path)
-def test_a_batch_without_packs(monkeypatch, patch):
+def test_a_batch_without_packed_sequences(monkeypatch, patch):
     monkeypatch.setattr(patch, "active", True)
     batch = {"logits": torch.ones(2, 3), "labels": torch.ones(2), "more": [None, (torch.ones(1), "text")]}
     if patch.path == "Trainer._get_num_items_in_batch":
@@ -97,10 +97,10 @@ def test_an_inactive_wrapper_fails_the_probe_as_upstream_does(monkeypatch, patch
     assert not succeeds(patch.upstream_supports, wrapper)
 
 
-def test_a_function_that_returns_nothing_leaves_the_pack():
+def test_a_function_that_returns_nothing_leaves_the_packed_sequence():
     # FSDP also applies functions for what they do to a tensor, such as registering a hook.
-    seen, pack = [], some_pack()
-    (same,) = torch.distributed.utils._apply_to_tensors(lambda tensor: seen.append(tensor), [pack])
-    assert same is pack
-    assert seen[0] is pack.data
+    seen, packed = [], some_packed()
+    (same,) = torch.distributed.utils._apply_to_tensors(lambda tensor: seen.append(tensor), [packed])
+    assert same is packed
+    assert seen[0] is packed.data
     assert len(seen) == 1
