@@ -96,13 +96,17 @@ def _counts_tokens(original: Function) -> bool:
 )
 def _track_num_input_tokens(original: Function, self: Any, inputs: Any) -> Any:
     """Let the original count one element for each token, all of them real, so that both modes give the same sum."""
-    main = getattr(self.model, "main_input_name", "input_ids")
-    main_input = inputs.get(main) if isinstance(inputs, Mapping) else None
-    if isinstance(main_input, packed.PackedSequence):
-        # Expanded, not filled: mostly nothing is counted, which only the original finds out.
-        real = torch.ones((), dtype=torch.int64, device="cpu").expand(main_input.data.shape[0])
-        inputs = {**inputs, main: real, "attention_mask": real}
+    if _counts_input_tokens(self) and isinstance(inputs, Mapping):
+        main = getattr(self.model, "main_input_name", "input_ids")
+        main_input = inputs.get(main)
+        if isinstance(main_input, packed.PackedSequence):
+            real = torch.ones(main_input.data.shape[0], dtype=torch.int64, device="cpu")
+            inputs = {**inputs, main: real, "attention_mask": real}
     return original(self, inputs)
+
+
+def _counts_input_tokens(trainer: Any) -> bool:
+    return getattr(trainer.args, "include_num_input_tokens_seen", False) not in (False, "no")
 
 
 def _counts_items(original: Function) -> bool:
@@ -162,7 +166,7 @@ def get_batch_samples(original: Function, self: Any, epoch_iterator: Any, *args:
             return _with_countable_labels(self, batch)
 
         _, items = original(self, map(countable, epoch_iterator), *args, **kwargs)
-    if getattr(self.args, "include_num_input_tokens_seen", False) not in (False, "no"):
+    if _counts_input_tokens(self):
         batches = [_with_countable_input(self, batch) for batch in batches]
     return batches, items
 
@@ -235,11 +239,13 @@ def _with_countable_labels(trainer: Any, batch: Any) -> Any:
     torch's recurrent layers may compute something, is found here.
     """
     has_packed = trees.check_batch(batch)
+    shifts = getattr(trainer, "_loss_shifts_labels", True)
     labels_in_loss = _labels_in_loss(trainer)
     if labels_in_loss is not None and isinstance(batch, Mapping) and batch.get("labels") is not None:
-        labels = labels_in_loss(batch)
-        # After an ignored one, so that the count is the same whether or not the original leaves out the first.
-        flat = torch.nn.functional.pad(torch.flatten(labels.data), (1, 0), value=-100)
+        flat = labels_in_loss(batch).data.flatten()
+        if shifts:
+            # The original leaves out the first: an ignored one in front, and all of these count.
+            flat = torch.nn.functional.pad(flat, (1, 0), value=-100)
         return {**{key: value for key, value in batch.items() if key != "shift_labels"}, "labels": flat}
     if not has_packed:
         return batch
@@ -249,7 +255,6 @@ def _with_countable_labels(trainer: Any, batch: Any) -> Any:
     labels = batch.get("labels")
     if isinstance(labels, packed.PackedSequence):
         # With a column for the first steps the count is right in either case; if nothing is shifted, `data` suffices.
-        shifts = getattr(trainer, "_loss_shifts_labels", True)
         changed["labels"] = _with_first_column(labels) if shifts else _countable(labels.data)
     return {**batch, **changed} if changed else batch
 
