@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_packfix.packing.trees import rebuild
+from hf_packfix.packing.trees import any_leaf, rebuild
 
 __all__ = [
     "EvaluationBuffer",
@@ -102,11 +102,7 @@ def lengths_of(value: Any) -> Tensor | None:
 
 def any_has_lengths(tree: Any) -> bool:
     """Return whether there is a padded tensor with lengths anywhere in ``tree``."""
-    if isinstance(tree, Tensor):
-        return lengths_of(tree) is not None
-    if isinstance(tree, Mapping):
-        return any(map(any_has_lengths, tree.values()))
-    return isinstance(tree, (tuple, list)) and any(map(any_has_lengths, tree))
+    return any_leaf(tree, lambda leaf: lengths_of(leaf) is not None)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from hf_packfix.packing.packed import batch_size, check
 
 __all__ = [
     "LEAVES",
+    "any_leaf",
     "check_alike",
     "check_batch",
     "contains",
@@ -134,6 +135,15 @@ def contains(tree: Any, kind: type = PackedSequence, leaves: Collection[type] = 
         if type(item) not in leaves and contains(item, kind, leaves):
             return True
     return False
+
+
+def any_leaf(tree: Any, chosen: Callable[[Any], bool]) -> bool:
+    """Return whether ``chosen`` is true of anything in ``tree`` that is no mapping, list or tuple."""
+    if type(tree) is dict or isinstance(tree, Mapping):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return chosen(tree)
+    return any(chosen(item) if type(item) in LEAVES else any_leaf(item, chosen) for item in tree)
 
 
 def contains_namedtuple(tree: Any) -> bool:

@@ -264,6 +264,8 @@ def gather(original: Function, tensor: Any) -> Any:
         from accelerate.utils import operations
 
         tensor = trees.map_packed(lambda leaf: operations.pad_across_processes(leaf, dim=1, pad_index=-100), tensor)
+    if not trees.any_leaf(tensor, evaluation.has_lengths):
+        return original(tensor)
     sent = trees.merge_packed(lambda short, _: short.int(), tensor, tensor, _is_padded_int16)
     gathered = original(sent)
     if gathered is sent:  # a single process: the same objects

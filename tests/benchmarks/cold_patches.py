@@ -30,12 +30,15 @@ def ordinary_arguments() -> dict[str, tuple[Any, ...]]:
         model=SimpleNamespace(main_input_name="input_ids"),
         args=SimpleNamespace(predict_with_generate=True),
         compute_metrics=len,
+        label_smoother=None,
+        compute_loss_func=None,
         label_names=["labels"],
     )
     return {
         "Trainer.floating_point_ops": (trainer, batch),
         "Trainer._track_num_input_tokens": (trainer, batch),
         "Trainer._get_num_items_in_batch": (trainer, [batch], torch.device("cpu")),
+        "Trainer.compute_loss": (trainer, None, batch),
         "Trainer.evaluation_loop": (trainer, [batch], "Evaluation"),
         "Trainer.prediction_step": (trainer, None, batch, False),
         "Seq2SeqTrainer.prediction_step": (trainer, None, batch, False),

@@ -95,7 +95,8 @@ def per_call(statement: str, number: int, **names: Any) -> Callable[[], float]:
 def interleave(cases: Mapping[str, Callable[[], float]], repeats: int, *, warm_up: bool = True) -> Samples:
     """Return samples of every case, taken in turn, so that a slow moment of the machine meets them all.
 
-    Every round begins with another case: whoever follows whom is no advantage.
+    Every round begins with another case. When each has been first, the order is reversed, and so on: whoever follows
+    another case on the same batch finds it in the cache.
 
     Args:
         cases: what to call for a sample, by name.
@@ -106,7 +107,8 @@ def interleave(cases: Mapping[str, Callable[[], float]], repeats: int, *, warm_u
     samples: Samples = {name: [] for name in names}
     for repeat in range(-1 if warm_up else 0, repeats):
         start = repeat % len(names)
-        for name in names[start:] + names[:start]:
+        order = names[start:] + names[:start]
+        for name in order if repeat // len(names) % 2 else reversed(order):
             value = cases[name]()
             if repeat >= 0:
                 samples[name].append(value)
