@@ -43,22 +43,23 @@ def wrap(original: Function, patch: Patch) -> Function:
     upstream = getattr(original, "__globals__", None) is vars(sys.modules[patch.module])
 
     def _prepare_input(self: Any, data: Any) -> Any:
-        if type(data) in _ORDINARY or not (isinstance(data, tuple) or hasattr(data, "__dataclass_fields__")):
-            return original(self, data)
-        return prepare_tuple(self, data) if isinstance(data, tuple) else prepare_dataclass(self, data)
+        return original(self, data) if type(data) in _ORDINARY else prepare_other(self, data)
 
-    def prepare_tuple(trainer: Any, data: tuple[Any, ...]) -> Any:
+    def prepare_other(trainer: Any, data: Any) -> Any:
         if patch.active:
             if isinstance(data, PackedSequence):
                 return prepare_packed(trainer, data)
-            if is_namedtuple(data):
-                return rebuild(data, [trainer._prepare_input(item) for item in data])
+            if isinstance(data, tuple):
+                if is_namedtuple(data):
+                    return rebuild(data, [trainer._prepare_input(item) for item in data])
+            elif hasattr(data, "__dataclass_fields__"):
+                return prepare_dataclass(trainer, data)
         return original(trainer, data)
 
     def prepare_dataclass(trainer: Any, data: Any) -> Any:
         # A `ModelOutput` is a mapping, which the original rebuilds. Others it returns as they are.
         held = {} if isinstance(data, Mapping) else _fields_of(data)
-        if not (patch.active and contains(held)):
+        if not contains(held):
             return original(trainer, data)
         moved = copy.copy(data)
         for name, value in held.items():
