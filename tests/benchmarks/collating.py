@@ -53,7 +53,7 @@ def run(quick: bool) -> Table:
     ):
         features = [{"x": value} for value in values]
         cases: dict[str, tuple[Callable[[Any], Any], Any]] = {
-            "from_flat": (ours, values),
+            "from_jagged": (ours, values),
             "DataCollatorForPackedSequence": (collator, features),
             "pack_sequence": (theirs, values),
             "pad_sequence": (padded, values),
@@ -61,7 +61,7 @@ def run(quick: bool) -> Table:
         samples = interleave(
             {name: per_call("make(x)", number, make=make, x=x) for name, (make, x) in cases.items()}, repeats
         )
-        for name in ("from_flat", "DataCollatorForPackedSequence"):
+        for name in ("from_jagged", "DataCollatorForPackedSequence"):
             rows.append(ratio(samples, name, "pack_sequence", label=f"{kind}: {name}"))
             rows.append(ratio(samples, name, "pad_sequence", label=f"{kind}: {name}"))
         same = equal(ours(values), theirs(values)) and equal(collator(features)["x"], theirs(values))
