@@ -172,7 +172,8 @@ def report(packed: bool, streaming: bool = False, **changes: Any) -> dict[str, A
             oracle.count_real_tokens(trainer)
         trainer.train()
         steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-        evaluated = trainer.evaluate()
+        with oracle.counted_samples() as samples:
+            evaluated = trainer.evaluate()
         predicted = trainer.predict(Stream(data) if streaming else data)
     return {
         "losses": [step["loss"] for step in steps],
@@ -180,7 +181,7 @@ def report(packed: bool, streaming: bool = False, **changes: Any) -> dict[str, A
         "tokens": trainer.state.num_input_tokens_seen,
         "eval_loss": evaluated["eval_loss"],
         "accuracy": evaluated["eval_accuracy"],
-        "samples": round(evaluated["eval_samples_per_second"] * evaluated["eval_runtime"]),
+        "samples": samples,
         "seen": seen,
         "predictions": listed(predicted.predictions),
         "label_ids": listed(predicted.label_ids),

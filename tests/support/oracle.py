@@ -337,6 +337,27 @@ def count_items(trainer: Trainer, batches: list[Any]) -> Any:
     return trainer.get_batch_samples(iter(batches), len(batches), *device)[1]
 
 
+@contextlib.contextmanager
+def counted_samples() -> Iterator[list[int]]:
+    """Yield a list that gets the number of samples of every evaluation inside.
+
+    The metrics have it only divided by a time, of a clock that may be set back.
+    """
+    counted: list[int] = []
+
+    def speed_metrics(*args: Any, num_samples: int, **kwargs: Any) -> Any:
+        counted.append(num_samples)
+        return original(*args, num_samples=num_samples, **kwargs)
+
+    module = transformers.trainer
+    original = module.speed_metrics
+    module.speed_metrics = speed_metrics
+    try:
+        yield counted
+    finally:
+        module.speed_metrics = original
+
+
 def train(*args: Any, resume: Any = None, **kwargs: Any) -> Run:
     """Train as :func:`new_trainer` says and return what was reported."""
     trainer = new_trainer(*args, **kwargs)
