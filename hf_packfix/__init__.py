@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_packfix._version import __version__
 from hf_packfix._warnings import HFPackfixWarning
-from hf_packfix.activation import (
-    Status,
-    activate_on_import,
-    disable,
-    enable,
-    is_enabled,
-    status,
-)
+from hf_packfix.activation.control import activate_on_import, disable, enable, is_enabled, status
+from hf_packfix.activation.status_report import Status
 from hf_packfix.activation.versions import UnsupportedVersionError
 
 if TYPE_CHECKING:

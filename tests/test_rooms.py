@@ -15,28 +15,32 @@ BASE = {"_version", "_warnings"}
 MAY_IMPORT = {
     "startup": set(),
     "packing": set(),
+    "evaluation": {"packing"},
     "rnn": {"packing"},
     "collator": {"packing"},
     "models": {"rnn", "packing"},
-    "patches": {"rnn", "packing"},
-    "activation": {"patches"},
-    "commands": {"activation", "patches", "rnn", "packing", "collator", "models"},
+    "engine": {"evaluation", "rnn", "packing"},
+    "patches": {"engine", "evaluation", "rnn", "packing"},
+    "activation": {"engine", "patches"},
+    "commands": {"activation", "engine", "patches", "rnn", "packing", "collator", "models"},
     "pyinstaller": set(),
 }
 
 #: Top-level modules that a folder may import when it is loaded itself; other imports stand inside functions.
 LOADS = {
     "packing": {"torch", "numpy"},
+    "evaluation": {"torch", "numpy"},
     "rnn": {"torch", "numpy"},
     "collator": {"torch", "numpy"},
     "models": {"torch", "numpy", "transformers"},
+    "engine": set(),
     "patches": set(),
     "activation": set(),
     "startup": set(),
 }
 
 #: Loaded with torch, by functions of the patches.
-IMPORTED_LATE = {"patches/prepare_input.py", "patches/countable.py", "patches/probe.py"}
+IMPORTED_LATE = {"patches/prepare_input.py", "patches/countable.py"}
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "wrapt", "sktime", "matplotlib"}
 
 

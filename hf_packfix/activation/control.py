@@ -1,37 +1,77 @@
-"""What turns the patches on and off, and returns where they stand."""
+"""Turning the patches on and off, and applying them as upstream modules are imported."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from hf_packfix._warnings import warn_once
+from hf_packfix._version import __version__
+from hf_packfix._warnings import HFPackfixWarning, in_a_line, is_main_process, warn_once
 from hf_packfix.activation import environment, versions
-from hf_packfix.activation.applying import (
-    all_patches,
-    apply_and_log,
-    apply_pending,
-    fast_rnn_patches,
-    first_uses,
-    is_complete,
-    is_half_imported,
-    locked,
-    requested_patches,
-    revert,
-    wait_for,
-)
 from hf_packfix.activation.environment import ACCEPTED, FAST_RNN_VARIABLE, VARIABLE
-from hf_packfix.activation.messages import log_warning, warn
-from hf_packfix.activation.state import state
 from hf_packfix.activation.status_report import Status
 
 if TYPE_CHECKING:
-    from hf_packfix.patches import Patch, PatchStatus
+    from hf_packfix.engine.patch import Patch, PatchStatus
 
-__all__ = ["activate_on_import", "disable", "enable", "enable_for_run", "is_enabled", "status"]
+logger = logging.getLogger("hf_packfix")
+
+#: Stands among the loaded modules for a Trainer that is first used.
+_FIRST_USE = "the first use of a Trainer"
+
+
+@dataclass
+class _State:
+    """What changes while the process runs.
+
+    Attributes:
+        lock: held while patches are applied or reverted. Reentrant: applying a patch imports torch, which may call
+            another of our import hooks.
+        activated_by: what turned hf_packfix on; None while it is off.
+        why_inactive: why it is off.
+        fast_rnn: whether the patches of the recurrent layers are asked for.
+        hooked: modules with an import hook of ours.
+        loaded: modules whose import hook was called, and whose patches are still to be applied.
+        torch_is_loaded: whether torch is loaded to its last line.
+        failures: errors that were logged.
+        announced: whether the line about the patched Trainer was logged.
+        report: how differences upstream are reported; set by ``enable``.
+    """
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    activated_by: str | None = None
+    why_inactive: str = "hf_packfix.enable() was not called"
+    fast_rnn: bool = False
+    hooked: set[str] = field(default_factory=set)
+    loaded: deque[str] = field(default_factory=deque)
+    torch_is_loaded: bool = False
+    failures: set[str] = field(default_factory=set)
+    announced: bool = False
+    report: Callable[[str], None] = warn_once
+
+    def renew_lock(self) -> None:
+        """Forget who holds the lock."""
+        self.lock = threading.RLock()
+
+
+# `importlib.reload` and IPython's autoreload run this file again: what is known must stay.
+state: _State = globals().get("state") or _State()
+
+# Another thread may hold the lock while this one forks; in the child it would never be released.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: state.renew_lock())
+
+
+# --- what users call -------------------------------------------------------------------------------------
 
 
 def enable(*, force: bool = False, fast_rnn: bool | None = None) -> None:
@@ -56,10 +96,12 @@ def disable() -> None:
 
     If third-party code has wrapped one of our wrappers, theirs stays in place, and ours calls the original.
     """
-    with locked():
+    from hf_packfix.engine.patch import revert
+
+    with _locked():
         state.activated_by, state.fast_rnn = None, False
         state.why_inactive = "hf_packfix.disable() was called"
-        revert([*first_uses(), *reversed(all_patches())])
+        revert([*_first_uses(), *reversed(_all_patches())])
 
 
 def is_enabled() -> bool:
@@ -67,22 +109,22 @@ def is_enabled() -> bool:
 
     Read from the patched objects, not from memory alone: False if third-party code has put an original back.
     """
-    with locked():
-        apply_pending()
-        return state.activated_by is not None and not any(patch.overwritten() for patch in requested_patches())
+    with _locked():
+        _apply_pending()
+        return state.activated_by is not None and not any(patch.overwritten() for patch in _requested_patches())
 
 
 def status() -> Status:
     """Return where hf_packfix stands; imports neither torch nor transformers."""
-    with locked():
+    with _locked():
         activated_by = state.activated_by
         enabled = is_enabled()
-        requested = set(requested_patches())
+        requested = set(_requested_patches())
         patches = tuple(
             _with_cause(patch.status(activated_by is not None), patch.module)
             if patch in requested
             else _not_requested(patch)
-            for patch in all_patches()
+            for patch in _all_patches()
         )
     if activated_by is None:
         reason = state.why_inactive
@@ -98,12 +140,15 @@ def _with_cause(status: PatchStatus, module: str) -> PatchStatus:
     """Return the status with what a patch waits for though its module is there."""
     if status.state != "pending" or module not in sys.modules:
         return status
-    return replace(status, detail="torch is not loaded" if is_complete(module) else "the module is being imported")
+    return replace(status, detail="torch is not loaded" if _is_complete(module) else "the module is being imported")
 
 
 def _not_requested(patch: Patch) -> PatchStatus:
     how = f"hf_packfix.enable(fast_rnn=True) or {FAST_RNN_VARIABLE}=1 turns it on"
     return replace(patch.status(False), detail=how)
+
+
+# --- turning it on ---------------------------------------------------------------------------------------
 
 
 def activate_on_import() -> None:
@@ -165,27 +210,32 @@ def _enable(
     conflict = versions.conflict()
     if conflict is not None and not force:
         raise versions.UnsupportedVersionError(conflict)
-    state.report = report or warn
+    state.report = report or _warn
     # Before anything is changed: without it nothing can be.
     import wrapt
 
-    with locked():
+    from hf_packfix.engine import first_use
+    from hf_packfix.engine.patch import revert
+    from hf_packfix.patches import FAST_RNN
+
+    first_use.before = _on_first_use
+    with _locked():
         if fast_rnn is None:
             fast_rnn = state.fast_rnn if state.activated_by is not None else _environment_asks_for_fast_rnn()
         state.fast_rnn = fast_rnn
         if not fast_rnn:
-            revert(reversed(fast_rnn_patches()))
-        modules = sorted({"torch", *(patch.module for patch in requested_patches())} - state.hooked)
-    wait_for(modules)
-    with locked():
+            revert(reversed(FAST_RNN))
+        modules = sorted({"torch", *(patch.module for patch in _requested_patches())} - state.hooked)
+    _wait_for(modules)
+    with _locked():
         state.activated_by = state.activated_by or activated_by
         if "torch" in sys.modules:
-            apply_and_log([patch for patch in requested_patches() if not is_half_imported(patch.module)])
-            apply_pending()
+            _apply_and_log([patch for patch in _requested_patches() if not _is_half_imported(patch.module)])
+            _apply_pending()
         state.hooked.update(modules)
     # Outside the lock, since wrapt takes its own and calls back for a module imported meanwhile.
     for name in modules:
-        wrapt.register_post_import_hook("hf_packfix.activation.applying:on_module_imported", name)
+        wrapt.register_post_import_hook("hf_packfix.activation.control:on_module_imported", name)
 
 
 def _environment_asks_for_fast_rnn() -> bool:
@@ -195,3 +245,188 @@ def _environment_asks_for_fast_rnn() -> bool:
         found = environment.value(FAST_RNN_VARIABLE)
         state.report(f"{FAST_RNN_VARIABLE}={found!r} is not one of: {accepted}; torch's own layers run")
     return bool(asks)
+
+
+# --- applying patches as modules are imported ------------------------------------------------------------
+
+
+def on_module_imported(module: ModuleType) -> None:
+    """Apply the patches of an upstream module that has just been imported (wrapt's import hook).
+
+    Without torch there are no packed batches, and a program that needs only a tokenizer should not load it: all
+    patches wait for torch.
+
+    Never blocks: another thread may hold the lock while it waits for this very import; the holder applies these
+    patches before it releases the lock. Never raises: an exception in an import hook would fail the import itself.
+    """
+    state.loaded.append(module.__name__)
+    _apply_loaded()
+
+
+def _on_first_use() -> None:
+    """Apply the patches of modules whose import hook was never called; never blocks or raises, as above."""
+    state.loaded.append(_FIRST_USE)
+    _apply_loaded()
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    """Hold the lock; on leaving, apply what came up meanwhile."""
+    try:
+        with state.lock:
+            yield
+    finally:
+        _apply_loaded()
+
+
+def _apply_loaded() -> None:
+    """Apply the patches of the modules loaded so far, unless another thread is at work, which will."""
+    lock = state.lock
+    # A loop: a module may have found the lock taken a moment before it was released.
+    while state.loaded and lock.acquire(blocking=False):
+        try:
+            while state.loaded:
+                _apply_pending(state.loaded.popleft())
+        finally:
+            lock.release()
+
+
+def _apply_pending(name: str = "") -> None:
+    """Apply the pending patches of every loaded module: not every import hook is called.
+
+    A third-party finder in front of wrapt's may load a module by itself, as comet_ml's does for torch, and those of
+    typeguard and jaxtyping for the modules that their users name. Never raises; the caller holds the lock.
+
+    Args:
+        name: of a module whose import hook was just called: it is loaded to its end, though the import system is not
+            done with it.
+    """
+    # While torch is being imported, modules of its own among them, no probe can run: its hook comes last.
+    state.torch_is_loaded = state.torch_is_loaded or name == "torch" or _is_complete("torch")
+    if state.activated_by is None or not state.torch_is_loaded:
+        return
+    from hf_packfix.engine.patch import apply, revert
+
+    try:
+        due = [
+            patch
+            for patch in _requested_patches()
+            if patch.module == name
+            or (patch.pending and _is_complete(patch.module))
+            or (name == "torch" and not _is_half_imported(patch.module))
+        ]
+        # `enable()` has just applied some of them, and asks for the hooks of loaded modules as well.
+        due = [patch for patch in due if patch.status(True).state != "applied"]
+        if due:
+            _apply_and_log(due)
+        # What is not loaded when a Trainer is first used, it does not need; the hook of a later module waits again.
+        if name == _FIRST_USE or not any(patch.pending for patch in _requested_patches()):
+            revert(_first_uses())
+        else:
+            apply(patch for patch in _first_uses() if patch.module == name or _is_complete(patch.module))
+    except Exception as error:
+        logger.debug("could not patch %s", name or "what is pending", exc_info=True)
+        # Once: an error of ours would come back in the hook of every module.
+        if repr(error) not in state.failures:
+            state.failures.add(repr(error))
+            log_warning(f"hf_packfix could not patch {name or 'what is pending'}: {in_a_line(error)}")
+
+
+def _apply_and_log(patches: Iterable[Patch]) -> None:
+    """Apply patches, log what changed, and report what differs upstream."""
+    from hf_packfix.engine.patch import apply
+
+    before = {patch: patch.status(True) for patch in patches}
+    apply(before)
+    for patch, was in before.items():
+        now = patch.status(True)
+        if now != was:
+            logger.debug("%s: %s%s", now.target, now.state, f" ({now.detail})" if now.detail else "")
+            if deviation := patch.deviation(now):
+                state.report(deviation)
+    if not state.announced:
+        _announce()
+
+
+def _announce() -> None:
+    """Log one line, once the Trainer is patched."""
+    states = [patch.status(True).state for patch in _requested_patches()]
+    if "transformers.trainer" not in sys.modules or "applied" not in states:
+        return
+    state.announced = True
+    # For modules that upstream no longer has; the hooks of others are still to come.
+    _apply_and_log([patch for patch in _requested_patches() if patch.module not in sys.modules])
+    # The versions are read from files: only if somebody looks.
+    if is_main_process() and logger.isEnabledFor(logging.INFO):
+        logger.info(
+            "hf_packfix %s activated by %s: %d patches applied, %d pending; transformers %s, accelerate %s, torch %s",
+            __version__,
+            state.activated_by,
+            states.count("applied"),
+            states.count("pending"),
+            *map(versions.found, ("transformers", "accelerate", "torch")),
+        )
+        newer = [f"{package} {version}" for package, version in versions.untested().items()]
+        if newer:
+            logger.info("newer than what hf_packfix was tested with, judged by probes: %s", ", ".join(newer))
+
+
+def _is_complete(name: str) -> bool:
+    """Return whether a module is loaded to its last line."""
+    module = sys.modules.get(name)
+    return module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False)
+
+
+def _is_half_imported(name: str) -> bool:
+    """Return whether a module is being imported, so that its functions may not be there yet."""
+    return name in sys.modules and not _is_complete(name)
+
+
+def _wait_for(names: Iterable[str]) -> None:
+    """Wait for the modules that other threads are importing: wrapt calls no hook at the end of these."""
+    for name in names:
+        if _is_half_imported(name):
+            with suppress(Exception):  # the thread that began the import handles it
+                import_module(name)
+
+
+# The patches are imported on first use: a process with HF_PACKFIX=0 does not need them.
+
+
+def _requested_patches() -> tuple[Patch, ...]:
+    from hf_packfix.patches import FAST_RNN, PATCHES
+
+    return PATCHES + FAST_RNN if state.fast_rnn else PATCHES
+
+
+def _all_patches() -> tuple[Patch, ...]:
+    from hf_packfix.patches import FAST_RNN, PATCHES
+
+    return PATCHES + FAST_RNN
+
+
+def _first_uses() -> tuple[Patch, ...]:
+    """Return the patches that are on while another one is pending."""
+    from hf_packfix.engine.first_use import FIRST_USE
+
+    return FIRST_USE
+
+
+# --- messages --------------------------------------------------------------------------------------------
+
+
+def _warn(message: str) -> None:
+    """Warn once; log instead if warnings are errors (``-W error``), since a difference must not end a program."""
+    try:
+        warn_once(message)
+    except HFPackfixWarning:
+        log_warning(message)
+
+
+def log_warning(message: str) -> None:
+    """Log one line with our name: a program that sets up no logging shows the bare message on stderr.
+
+    In a distributed run only the process of rank 0 logs.
+    """
+    if is_main_process():
+        logger.warning("hf_packfix: %s", " ".join(message.removeprefix("hf_packfix ").split()))

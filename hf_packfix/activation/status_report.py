@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hf_packfix.patches import PatchStatus
-
-__all__ = ["Status"]
+    from hf_packfix.engine.patch import PatchStatus
 
 
 @dataclass(frozen=True, repr=False)

@@ -21,8 +21,8 @@ __all__ = [
     "untested",
 ]
 
-#: What the tests run on, oldest first: ``tests/matrix.py`` installs these, ``docs/versions.md`` lists them, and the
-#: gate below follows from them.
+#: What the tests run on, oldest first: ``tests/tools/matrix.py`` installs these, ``docs/versions.md`` lists them, and
+#: the gate below follows from them.
 TESTED = (
     {"transformers": "4.46.3", "accelerate": "0.28.0"},
     {"transformers": "4.57.6", "accelerate": "1.12.0"},

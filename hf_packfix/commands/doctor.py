@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hf_packfix._warnings import in_a_line
-from hf_packfix.activation import Status, difference, status
+from hf_packfix.activation.control import status
 from hf_packfix.activation.environment import ACCEPTED, FAST_RNN_VARIABLE, VARIABLE, fast_rnn, switch, value
+from hf_packfix.activation.status_report import Status
 from hf_packfix.commands.selftest import selftest
 from hf_packfix.commands.trainers import cuts_of_batches, handled_apart, load_lazy, overridden_methods, patched_methods
 from hf_packfix.patches import FAST_RNN, PATCHES
@@ -143,7 +144,7 @@ def examine(modules: Sequence[str]) -> Report:
     layers = {patch.target for patch in FAST_RNN}
     patches = {patch.target: patch for patch in (*PATCHES, *FAST_RNN)}
     for stands in now.patches:
-        text = difference(patches[stands.target], stands)
+        text = patches[stands.target].deviation(stands)
         if text:
             (warnings if stands.state == "applied" else problems).append(text)
     return Report(

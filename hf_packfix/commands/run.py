@@ -16,7 +16,7 @@ from importlib.machinery import BuiltinImporter, ModuleSpec, SourceFileLoader, S
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
-from hf_packfix.activation import enable_for_run
+from hf_packfix.activation.control import enable_for_run
 
 __all__ = ["RunError", "run"]
 

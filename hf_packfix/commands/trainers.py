@@ -13,7 +13,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from hf_packfix._warnings import in_a_line
-from hf_packfix.activation import status
+from hf_packfix.activation.control import status
 from hf_packfix.patches import PATCHES
 
 __all__ = ["cuts_of_batches", "handled_apart", "load_lazy", "overridden_methods", "patched_methods"]

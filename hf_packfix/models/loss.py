@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_packfix.models.configuration_recurrent import PROBLEM_TYPES, RecurrentConfig
+from hf_packfix.models.steps import Steps, align, previous_rows, real_steps
 from hf_packfix.packing.packed import PackedSequence, batch_size, with_data
-from hf_packfix.packing.steps import Steps, align, previous_rows, real_steps
 
 __all__ = ["IGNORED", "next_labels", "sequence_loss", "shift_right", "step_labels", "step_loss"]
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hf_packfix.models.configuration_recurrent import RecurrentConfig
 from hf_packfix.models.generation import RecurrentCache, RecurrentGenerationMixin
 from hf_packfix.models.loss import next_labels, sequence_loss, step_labels, step_loss
+from hf_packfix.models.steps import Steps, map_steps, pack, real_steps, unpack
 from hf_packfix.models.upstream import (
     CACHE_NAME,
     CausalLMOutputWithPast,
@@ -34,7 +35,6 @@ from hf_packfix.models.upstream import (
     given_state,
 )
 from hf_packfix.packing.packed import PackedSequence, with_data
-from hf_packfix.packing.steps import Steps, map_steps, pack, real_steps, unpack
 from hf_packfix.rnn import GRU, LSTM, RNN
 
 __all__ = [

@@ -1,8 +1,8 @@
 """Every upstream name that the recurrent models rely on.
 
 The other modules of this folder import transformers through this one. :data:`CONTRACT` lists each name with the
-releases that have it: ``tests/drift.py`` checks the list on every minor release, ``hf-packfix doctor`` checks it on
-the installed one.
+releases that have it: ``tests/tools/drift.py`` checks the list on every minor release, ``hf-packfix doctor`` checks
+it on the installed one.
 """
 
 from __future__ import annotations

@@ -1,38 +1,124 @@
 """Finding the PackedSequences in a nested batch, and replacing them.
 
-A batch is any nesting of mappings, lists and tuples, as ``Trainer._prepare_input`` walks it. A
-PackedSequence is a leaf: nothing here looks into its fields.
+A batch is any nesting of mappings, lists and tuples, as ``Trainer._prepare_input`` walks it. A PackedSequence is a
+leaf: nothing here looks into its fields. :func:`contains` and :func:`map_leaves` are the two walks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from numpy import ndarray
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from hf_packfix.packing.packed import batch_size, check
+from hf_packfix.packing.packed import batch_size, check, with_data
 
-__all__ = [
-    "LEAVES",
-    "any_leaf",
-    "check_alike",
-    "check_batch",
-    "contains",
-    "contains_namedtuple",
-    "is_namedtuple",
-    "map_packed",
-    "merge_packed",
-    "packed_in",
-    "rebuild",
-    "sequences_of_keys",
-]
-
-#: What a batch mostly holds. Asked for first, since whether something is a ``Mapping``, an abstract class, takes
+#: What a batch mostly holds. Looked up first, since whether something is a ``Mapping``, an abstract class, takes
 #: several times as long to find out; subclasses of these take that way.
 LEAVES = frozenset({Tensor, ndarray, str, int, float, bool, type(None)})
+
+
+def is_packed(value: Any) -> bool:
+    """Return whether this is a PackedSequence."""
+    return isinstance(value, PackedSequence)
+
+
+def is_namedtuple(value: Any) -> bool:
+    """Return whether this is a named tuple, whose constructor takes its fields and not one iterable."""
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def contains(tree: Any, chosen: Callable[[Any], bool] = is_packed) -> bool:
+    """Return whether ``chosen``, by default "is a PackedSequence", is true of anything in ``tree``.
+
+    Tensors, arrays, strings and numbers (:data:`LEAVES`) are not looked at.
+    """
+    if type(tree) in LEAVES:
+        return False
+    if chosen(tree):
+        return True
+    if type(tree) is dict or isinstance(tree, Mapping):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return False
+    # Inlined copy of the first check; a loop, because `any()` would add a generator.
+    for item in tree:  # noqa: SIM110
+        if type(item) not in LEAVES and contains(item, chosen):
+            return True
+    return False
+
+
+def map_leaves(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Return ``tree`` with ``function(leaf, *leaves of the others at its place)`` in the place of every leaf.
+
+    Containers are rebuilt in the type that the last tree has there. If no item of one changes, the very same object
+    of the last tree comes back.
+
+    Args:
+        function: gets what is no mapping, list or tuple, or is a PackedSequence.
+        tree: decides what is a leaf.
+        others: of the same structure, with anything at the places of the leaves.
+    """
+    if type(tree) in LEAVES or isinstance(tree, PackedSequence):
+        return function(tree, *others)
+    like = others[-1] if others else tree
+    if isinstance(tree, (tuple, list)):
+        items = [map_leaves(function, *column) for column in zip(tree, *others, strict=True)]
+        return like if all(new is old for new, old in zip(items, like, strict=True)) else rebuild(like, items)
+    if isinstance(tree, Mapping):
+        values = {key: map_leaves(function, value, *(other[key] for other in others)) for key, value in tree.items()}
+        return like if all(values[key] is like[key] for key in values) else type(like)(values)
+    return function(tree, *others)
+
+
+def rebuild(like: Any, items: list[Any]) -> Any:
+    """Return a list, tuple or named tuple of the type of ``like`` that holds ``items``."""
+    # `_make` takes any number of fields past a `__new__` of the class's own, as `_replace` does.
+    return type(like)._make(items) if is_namedtuple(like) else type(like)(items)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """Return every leaf of ``tree``, in the order of :func:`map_leaves`."""
+    found: list[Any] = []
+
+    def keep(leaf: Any) -> Any:
+        found.append(leaf)
+        return leaf
+
+    map_leaves(keep, tree)
+    return found
+
+
+def packed_in(tree: Any) -> list[PackedSequence]:
+    """Return every PackedSequence in ``tree``."""
+    return [leaf for leaf in leaves(tree) if isinstance(leaf, PackedSequence)]
+
+
+def map_packed(function: Callable[[PackedSequence], Any], tree: Any) -> Any:
+    """Return ``tree`` with every PackedSequence ``p`` replaced by ``function(p)``; the same object if it has none."""
+    return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, PackedSequence) else leaf, tree)
+
+
+def merge_packed(function: Callable[[PackedSequence, Any], Any], tree: Any, other: Any) -> Any:
+    """Return ``other`` with ``function(p, value)`` at the place of every PackedSequence ``p`` of ``tree``.
+
+    For functions upstream that treat everything else right: ``other`` is what they made of ``tree``, perhaps with a
+    stand-in at these places, and has its structure.
+    """
+    return map_leaves(lambda leaf, value: function(leaf, value) if is_packed(leaf) else value, tree, other)
+
+
+def map_values(function: Callable[[list[Any]], list[Any]], tree: Any) -> Any:
+    """Return ``tree`` with other leaves, and other ``data`` in every PackedSequence.
+
+    Args:
+        function: gets all leaves, the ``data`` in the place of a PackedSequence, and returns as many.
+        tree: a nested batch.
+    """
+    changed = iter(function([leaf.data if is_packed(leaf) else leaf for leaf in leaves(tree)]))
+    return map_leaves(lambda leaf: with_data(leaf, next(changed)) if is_packed(leaf) else next(changed), tree)
 
 
 def check_batch(batch: Any) -> bool:
@@ -47,18 +133,15 @@ def check_batch(batch: Any) -> bool:
     Raises:
         ValueError: naming the key, or the position in a list or tuple, and the fields.
     """
-    is_mapping = type(batch) is dict or isinstance(batch, Mapping)
-    found = False
-    for name, value in batch.items() if is_mapping else _named_items(batch):
-        # The first half says no more than the second, without a call: everybody's every batch comes through here.
-        if type(value) not in LEAVES and contains(value):
-            found = True
-            try:
-                for packed in packed_in(value):
-                    check(packed, wait=False)
-            except ValueError as error:
-                raise ValueError(f"{repr(name) if is_mapping else name} in the batch: {error}") from None
-    return found and is_mapping
+    if not contains(batch):
+        return False
+    for name, value in named_items(batch):
+        try:
+            for packed in packed_in(value):
+                check(packed, wait=False)
+        except ValueError as error:
+            raise ValueError(f"{name} in the batch: {error}") from None
+    return isinstance(batch, Mapping)
 
 
 def check_alike(batches: Sequence[Any]) -> None:
@@ -70,7 +153,7 @@ def check_alike(batches: Sequence[Any]) -> None:
     for batch in batches:
         check_batch(batch)
     for number, batch in enumerate(batches):
-        for (name, first), (_, other) in zip(_named_items(batches[0]), _named_items(batch), strict=False):
+        for (name, first), (_, other) in zip(named_items(batches[0]), named_items(batch), strict=False):
             for one, another in zip(packed_in(first), packed_in(other), strict=False):
                 expected, found = list(one.data.shape[1:]), list(another.data.shape[1:])
                 if found != expected:
@@ -80,7 +163,7 @@ def check_alike(batches: Sequence[Any]) -> None:
                     )
 
 
-def _named_items(tree: Any) -> Iterator[tuple[str, Any]]:
+def named_items(tree: Any) -> Iterator[tuple[str, Any]]:
     """Yield what a batch holds, with the words for its place in an error."""
     if isinstance(tree, Mapping):
         yield from ((repr(key), value) for key, value in tree.items())
@@ -90,130 +173,21 @@ def _named_items(tree: Any) -> Iterator[tuple[str, Any]]:
         yield from zip(names, tree, strict=True)
 
 
-def sequences_of_keys(batch: Mapping[str, Any]) -> dict[str, int]:
-    """Return for each key with a PackedSequence the number of sequences of its first one.
+def rows_of_keys(batch: Mapping[str, Any], kinds: Any = PackedSequence) -> dict[str, int]:
+    """Return for each key the number of rows B of its first PackedSequence, or of what else is asked for.
+
+    Args:
+        batch: a mapping.
+        kinds: PackedSequence, or with Tensor; a tensor without a dimension has no rows.
 
     Raises:
         ValueError: the fields of a PackedSequence contradict each other.
     """
-    firsts = {key: next(packed_in(value), None) for key, value in batch.items()}
-    return {key: batch_size(packed) for key, packed in firsts.items() if packed is not None}
-
-
-def packed_in(tree: Any) -> Iterator[PackedSequence]:
-    """Yield every PackedSequence in ``tree``, in the order in which :func:`map_packed` meets them."""
-    if type(tree) in LEAVES:
-        return
-    if isinstance(tree, PackedSequence):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from packed_in(item)
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from packed_in(value)
-
-
-def contains(tree: Any, kind: type = PackedSequence, leaves: Collection[type] = LEAVES) -> bool:
-    """Return whether there is a PackedSequence anywhere in ``tree``.
-
-    Args:
-        tree: a nested batch, or what describes one.
-        kind: what to look for instead of a PackedSequence.
-        leaves: types that are not to be looked into.
-    """
-    if type(tree) in leaves:
-        return False
-    if isinstance(tree, kind):
-        return True
-    if type(tree) is dict or isinstance(tree, Mapping):
-        tree = tree.values()
-    elif not isinstance(tree, (tuple, list)):
-        return False
-    # The question at the top, asked without a call, and a loop, since `any` would take a generator as well.
-    for item in tree:  # noqa: SIM110
-        if type(item) not in leaves and contains(item, kind, leaves):
-            return True
-    return False
-
-
-def any_leaf(tree: Any, chosen: Callable[[Any], bool]) -> bool:
-    """Return whether ``chosen`` is true of anything in ``tree`` that is no mapping, list or tuple."""
-    if type(tree) is dict or isinstance(tree, Mapping):
-        tree = tree.values()
-    elif not isinstance(tree, (tuple, list)):
-        return chosen(tree)
-    return any(chosen(item) if type(item) in LEAVES else any_leaf(item, chosen) for item in tree)
-
-
-def contains_namedtuple(tree: Any) -> bool:
-    """Return whether there is a named tuple, a PackedSequence or another, in ``tree``."""
-    if type(tree) in LEAVES:
-        return False
-    if isinstance(tree, tuple) and is_namedtuple(tree):
-        return True
-    if isinstance(tree, (tuple, list)):
-        return any(map(contains_namedtuple, tree))
-    if isinstance(tree, Mapping):
-        return any(map(contains_namedtuple, tree.values()))
-    return False
-
-
-def map_packed(function: Callable[[PackedSequence], Any], tree: Any) -> Any:
-    """Return ``tree`` with every PackedSequence ``p`` replaced by ``function(p)``.
-
-    Containers on the way to one are rebuilt in their own type; everything else, and a tree without a
-    PackedSequence, comes back as the same object.
-    """
-    if type(tree) in LEAVES:
-        return tree
-    if isinstance(tree, PackedSequence):
-        return function(tree)
-    if isinstance(tree, (tuple, list)):
-        items = [map_packed(function, item) for item in tree]
-        return tree if all(new is old for new, old in zip(items, tree, strict=True)) else rebuild(tree, items)
-    if isinstance(tree, Mapping):
-        values = {key: map_packed(function, value) for key, value in tree.items()}
-        unchanged = all(values[key] is value for key, value in tree.items())
-        return tree if unchanged else type(tree)(values)  # type: ignore[call-arg]
-    return tree
-
-
-def merge_packed(
-    function: Callable[[Any, Any], Any],
-    tree: Any,
-    other: Any,
-    chosen: Callable[[Any], bool] = lambda leaf: isinstance(leaf, PackedSequence),
-) -> Any:
-    """Return ``other`` with ``function(leaf, value)`` at the place of every chosen leaf of ``tree``.
-
-    For functions upstream that treat everything else right: ``other`` is what they made of ``tree``, perhaps with
-    a stand-in at these places, and has its structure.
-
-    Args:
-        function: given the leaf of ``tree`` and what stands in its place in ``other``.
-        tree: a nested batch.
-        other: of the same structure.
-        chosen: tells the leaves to replace, every PackedSequence by default.
-    """
-    if chosen(tree):
-        return function(tree, other)
-    if isinstance(tree, Mapping):
-        values = {key: merge_packed(function, value, other[key], chosen) for key, value in tree.items()}
-        unchanged = all(values[key] is other[key] for key in values)
-        return other if unchanged else type(other)(values)
-    if isinstance(tree, (tuple, list)):
-        items = [merge_packed(function, *pair, chosen) for pair in zip(tree, other, strict=True)]
-        return other if all(new is old for new, old in zip(items, other, strict=True)) else rebuild(other, items)
-    return other
-
-
-def is_namedtuple(value: tuple[Any, ...]) -> bool:
-    """Tell a named tuple, whose constructor takes its fields, from a tuple, whose takes an iterable."""
-    return hasattr(value, "_fields")
-
-
-def rebuild(like: Any, items: list[Any]) -> Any:
-    """Return a list, tuple or named tuple of the type of ``like`` that holds ``items``."""
-    # `_make` takes any number of fields past a `__new__` of the class's own, as `_replace` does.
-    return type(like)._make(items) if is_namedtuple(like) else type(like)(items)
+    found: dict[str, int] = {}
+    for key, value in batch.items():
+        for leaf in leaves(value):
+            if is_packed(leaf):
+                found.setdefault(key, batch_size(leaf))
+            elif isinstance(leaf, kinds) and leaf.dim():
+                found.setdefault(key, len(leaf))
+    return found

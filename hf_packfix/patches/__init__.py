@@ -1,52 +1,27 @@
 """The patches: one file per upstream module, named after it.
 
-To add one: a decorator of ``declare.py`` above a function that bears the name of what it replaces, and a test that
-fails without it.
+To add one: a decorator of ``hf_packfix.engine.declare`` above a function that bears the name of what it replaces, and
+a test that fails without it. Every file of this folder is found by itself.
 """
-
-# ruff: noqa: I001 (imported in the order in which `status()` lists their patches)
 
 from __future__ import annotations
 
-from hf_packfix.patches import (
-    transformers_trainer,
-    transformers_trainer_evaluation,
-    transformers_trainer_pt_utils,
-    transformers_trainer_utils,
-    transformers_trainer_seq2seq,
-    transformers_batch_types,
-    accelerate_utils_operations,
-    accelerate_accelerator,
-    torch_distributed_utils,
-    torch_nn_modules_rnn,
-    first_use,
-)
-from hf_packfix.patches.declare import check_declarations, declared
-from hf_packfix.patches.patch import Patch, PatchStatus, State, apply, revert
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["FAST_RNN", "FIRST_USE", "PATCHES", "Patch", "PatchStatus", "State", "apply", "revert"]
+from hf_packfix.engine.declare import declared, files
+from hf_packfix.engine.patch import Patch
 
-check_declarations(
-    (
-        transformers_trainer,
-        transformers_trainer_evaluation,
-        transformers_trainer_pt_utils,
-        transformers_trainer_utils,
-        transformers_trainer_seq2seq,
-        transformers_batch_types,
-        accelerate_utils_operations,
-        accelerate_accelerator,
-        torch_distributed_utils,
-        torch_nn_modules_rnn,
-        first_use,
-    )
-)
+# The Trainer first, then its parts: `status()` lists the patches in this order.
+_names = [f"{__name__}.{module.name}" for module in iter_modules(__path__)]
+for _name in sorted(_names, key=lambda name: f"{name}~", reverse=True):
+    import_module(_name)
+    if _name not in files:
+        # An empty file of a damaged installation.
+        raise ImportError(f"{_name} declares no patch: install hf_packfix again")
 
 #: Every patch that is on by default, in the order in which they are applied.
 PATCHES: tuple[Patch, ...] = declared("default")
 
 #: The patches that ``enable(fast_rnn=True)`` and ``HF_PACKFIX_FAST_RNN=1`` ask for.
 FAST_RNN: tuple[Patch, ...] = declared("fast_rnn")
-
-#: The patches that are on while another one is pending; see ``first_use.py``.
-FIRST_USE: tuple[Patch, ...] = declared("first_use")

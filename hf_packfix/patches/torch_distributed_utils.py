@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_packfix.patches import probe
-from hf_packfix.patches.declare import around
-from hf_packfix.patches.lazily import packed, torch, trees
-from hf_packfix.patches.patch import Function
+from hf_packfix.engine import probe
+from hf_packfix.engine.declare import around
+from hf_packfix.engine.lazily import packing, torch
+from hf_packfix.engine.targets import Function
 
-__all__ = ["_apply_to_tensors"]
+if TYPE_CHECKING:
+    from torch.nn.utils.rnn import PackedSequence
 
 
 @around(
@@ -18,15 +19,14 @@ __all__ = ["_apply_to_tensors"]
     problem="applies a function to the data of a PackedSequence and drops the result, so that FSDP casts nothing",
     fix="keeps the result as data",
     upstream_supports=lambda original: original(lambda data: data.float(), probe.packed()).data.is_floating_point(),
+    since="2.1",
 )
 def _apply_to_tensors(original: Function, fn: Any, container: Any) -> Any:
     """Keep the result as ``data``, unless it is no tensor: some functions only add a hook."""
-    if not trees.contains(container):
-        return original(fn, container)
 
-    def apply(leaf: packed.PackedSequence, _: Any) -> packed.PackedSequence:
-        data = fn(leaf.data)
-        return packed.with_data(leaf, data) if isinstance(data, torch.Tensor) else leaf
+    def apply(packed: PackedSequence, _: Any) -> PackedSequence:
+        data = fn(packed.data)
+        return packing.with_data(packed, data) if isinstance(data, torch.Tensor) else packed
 
-    rest = original(fn, trees.map_packed(lambda leaf: (), container))
-    return trees.merge_packed(apply, container, rest)
+    rest = original(fn, packing.map_packed(lambda packed: (), container))
+    return packing.merge_packed(apply, container, rest)

@@ -6,11 +6,10 @@ import inspect
 import types
 from typing import Any
 
-from hf_packfix.patches.declare import Declaration, hand_made
-from hf_packfix.patches.lazily import packed, rnn
-from hf_packfix.patches.patch import Function, Patch
-
-__all__ = ["forward"]
+from hf_packfix.engine.declare import Declaration, hand_made
+from hf_packfix.engine.lazily import packing, rnn
+from hf_packfix.engine.patch import Patch
+from hf_packfix.engine.targets import Function
 
 _DECLARATION: Declaration = {
     "parameters": ("self", "input", "hx"),
@@ -28,7 +27,7 @@ _DECLARATION: Declaration = {
 @hand_made("torch.nn.modules.rnn:LSTM.forward", **_DECLARATION)
 def forward(original: Function, patch: Patch) -> Function:
     """Train in 0.2 to 0.5 of the time on packed data on a CPU; leave everything else to the original."""
-    run, packed_type = rnn.run, packed.PackedSequence
+    run, packed_type = rnn.run, packing.PackedSequence
 
     def forward(self: Any, input: Any, hx: Any = None) -> Any:
         if patch.active and isinstance(input, packed_type):

@@ -1,33 +1,53 @@
-"""``transformers.trainer``: moving a batch to the device, and counting what it holds."""
+"""``transformers.trainer``: moving a batch to the device, counting what it holds, and checking it in evaluation.
+
+What else the evaluation loop does to a packed batch is done by functions of ``transformers.trainer_pt_utils`` and
+``accelerate.utils.operations``, and patched there.
+"""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from hf_packfix.patches import probe
-from hf_packfix.patches.declare import around, hand_made
-from hf_packfix.patches.lazily import packed, torch, trees
-from hf_packfix.patches.patch import Function, Patch
+from hf_packfix._warnings import warn_once
+from hf_packfix.engine import probe
+from hf_packfix.engine.declare import always, around, hand_made, holds_packed, is_active
+from hf_packfix.engine.lazily import evaluation, packing, torch
+from hf_packfix.engine.patch import Patch, raise_if_unsafe
+from hf_packfix.engine.targets import Function
 
 if TYPE_CHECKING:
     from torch.nn.utils.rnn import PackedSequence
 
-__all__ = [
-    "_get_num_items_in_batch",
-    "_prepare_input",
-    "_track_num_input_tokens",
-    "compute_loss",
-    "floating_point_ops",
-    "get_batch_samples",
-]
+_ARGUMENTS = "transformers.training_args:TrainingArguments"
+_MAIN_INPUT_NAME = "transformers.modeling_utils:PreTrainedModel.main_input_name"
+
+
+# --- moving a batch --------------------------------------------------------------------------------------
+
+# The types that most batches consist of, from the first wrapper on; none is a named tuple. A lookup of the type is
+# faster than `isinstance`, and a global faster than a variable of an enclosing function, which each call copies.
+_ordinary: Collection[type] = ()
+
+# Raised here, before the first forward: `DataParallel.scatter` would split the fields of a PackedSequence one by one
+# and fail on `batch_sizes` with a message that names neither the cause nor a way out (pytorch #31422).
+_DATA_PARALLEL = (
+    "nn.DataParallel, which the Trainer uses for {0} GPUs without a launcher, cannot split a PackedSequence. Start a "
+    "process for each GPU, with `torchrun --nproc-per-node {0} SCRIPT` or `accelerate launch --num_processes {0} "
+    "SCRIPT`, or let the Trainer see one GPU alone (CUDA_VISIBLE_DEVICES=0)."
+)
 
 
 def _moves(original: Function) -> bool:
     trainer = type("Trainer", (), {"_prepare_input": original})()
-    trainer.args = SimpleNamespace(device=torch.device("meta"))
+    trainer.args = SimpleNamespace(device=torch.device("meta"), n_gpu=1)
     trainer.is_deepspeed_enabled = False
     return probe.is_on_meta(trainer._prepare_input({"x": probe.packed()})["x"])
 
@@ -37,17 +57,77 @@ def _moves(original: Function) -> bool:
     parameters=("self", "data"),
     problem="moves a batch to the device by rebuilding tuples from a generator, which a PackedSequence refuses",
     fix="moves data and index tensors",
+    uses=("Trainer.args", "Trainer.is_deepspeed_enabled", f"{_ARGUMENTS}.device", f"{_ARGUMENTS}.n_gpu"),
     upstream_supports=_moves,
     issue="https://github.com/huggingface/transformers/issues/29068",
 )
 def _prepare_input(original: Function, patch: Patch) -> Function:
-    """Move the fields that must move; ``data`` goes through the ``_prepare_input`` of a subclass that has its own.
+    """Return a ``_prepare_input`` that handles named tuples, and dataclasses that hold a PackedSequence.
 
-    Other named tuples fail in the same line of the original, and are rebuilt from their fields.
+    Upstream rebuilds other named tuples in the same line that fails on a PackedSequence, and leaves dataclasses on the
+    CPU. ``data`` goes through the ``_prepare_input`` of a subclass that has its own.
+
+    Hand-made, since it is called for every leaf of every batch: every instruction shows. Of ordinary values only the
+    type is looked at.
+
+    Args:
+        original: ``_prepare_input``, which calls itself through the Trainer for what is nested.
+        patch: the patch that the wrapper belongs to.
     """
-    from hf_packfix.patches import prepare_input
+    global _ordinary
+    _ordinary = packing.LEAVES | {dict, list, tuple}
+    # True if upstream's own function is wrapped directly; for a tensor it only calls `.to(device)`, and casts for
+    # DeepSpeed.
+    upstream = getattr(original, "__globals__", None) is vars(sys.modules[patch.module])
 
-    return prepare_input.wrap(original, patch)
+    def _prepare_input(self: Any, data: Any) -> Any:
+        return original(self, data) if type(data) in _ordinary else prepare_other(self, data)
+
+    def prepare_other(trainer: Any, data: Any) -> Any:
+        if patch.active:
+            if packing.is_packed(data):
+                return prepare_packed(trainer, data)
+            if isinstance(data, tuple):
+                if packing.is_namedtuple(data):
+                    return packing.rebuild(data, [trainer._prepare_input(item) for item in data])
+            elif hasattr(data, "__dataclass_fields__"):
+                return prepare_dataclass(trainer, data)
+        return original(trainer, data)
+
+    def prepare_dataclass(trainer: Any, data: Any) -> Any:
+        # A `ModelOutput` is a mapping, which the original rebuilds. Others it returns as they are.
+        held = {} if isinstance(data, Mapping) else _fields_of(data)
+        if not packing.contains(held):
+            return original(trainer, data)
+        moved = copy.copy(data)
+        for name, value in held.items():
+            # Past the `__setattr__` of a frozen one.
+            object.__setattr__(moved, name, trainer._prepare_input(value))
+        return moved
+
+    def prepare_packed(trainer: Any, data: Any) -> PackedSequence:
+        raise_if_unsafe(evaluates=evaluation.current() is not None)
+        packed = data.uncountable() if hasattr(data, "uncountable") else data
+        arguments, prepare = trainer.args, trainer._prepare_input
+        if arguments.n_gpu > 1:
+            raise ValueError(_DATA_PARALLEL.format(arguments.n_gpu))
+        direct = upstream and getattr(prepare, "__func__", None) is _prepare_input
+        if not direct or trainer.is_deepspeed_enabled:
+            return packing.with_data(packed, prepare(packed.data))
+        tensor, device = packed.data, arguments.device
+        return packing.with_data(packed, tensor if tensor.device == device else tensor.to(device))
+
+    return _prepare_input
+
+
+def _fields_of(data: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that have a value."""
+    if isinstance(data, type):  # the class itself
+        return {}
+    return {field.name: getattr(data, field.name) for field in dataclasses.fields(data) if hasattr(data, field.name)}
+
+
+# --- counting what a batch holds -------------------------------------------------------------------------
 
 
 def _counts_operations(original: Function) -> bool:
@@ -68,11 +148,7 @@ def _counts_operations(original: Function) -> bool:
 )
 def floating_point_ops(original: Function, self: Any, inputs: Any) -> Any:
     """Count as for a padded batch without its padding: ``data`` has just those elements."""
-    if isinstance(inputs, Mapping):
-        tensors = {key: value.data for key, value in inputs.items() if isinstance(value, packed.PackedSequence)}
-        if tensors:
-            inputs = {**inputs, **tensors}
-    return original(self, inputs)
+    return original(self, packing.map_packed(lambda packed: packed.data, inputs))
 
 
 def _counts_tokens(original: Function) -> bool:
@@ -91,22 +167,30 @@ def _counts_tokens(original: Function) -> bool:
     parameters=("self", "inputs"),
     problem="include_num_input_tokens_seen asks the main input for numel(), which a PackedSequence does not have",
     fix="counts the lengths of the sequences",
+    uses=("Trainer.args", "Trainer.model", f"{_ARGUMENTS}.include_num_input_tokens_seen", _MAIN_INPUT_NAME),
     upstream_supports=_counts_tokens,
     since="5.3",
 )
 def _track_num_input_tokens(original: Function, self: Any, inputs: Any) -> Any:
     """Let the original count one element for each token, all of them real, so that both modes give the same sum."""
-    if _counts_input_tokens(self) and isinstance(inputs, Mapping):
-        main = getattr(self.model, "main_input_name", "input_ids")
-        main_input = inputs.get(main)
-        if isinstance(main_input, packed.PackedSequence):
-            real = torch.ones(main_input.data.shape[0], dtype=torch.int64, device="cpu")
-            inputs = {**inputs, main: real, "attention_mask": real}
+    main = _main_input_name(self)
+    if _counts_input_tokens(self) and isinstance(inputs, Mapping) and packing.is_packed(inputs.get(main)):
+        real = torch.ones(packing.num_tokens(inputs[main]), dtype=torch.int64, device="cpu")
+        inputs = {**inputs, main: real, "attention_mask": real}
     return original(self, inputs)
 
 
 def _counts_input_tokens(trainer: Any) -> bool:
-    return getattr(trainer.args, "include_num_input_tokens_seen", False) not in (False, "no")
+    return trainer.args.include_num_input_tokens_seen not in (False, "no")
+
+
+def _main_input_name(trainer: Any) -> str:
+    return getattr(trainer.model, "main_input_name", "input_ids")
+
+
+def _with_our_models(*args: Any, **kwargs: Any) -> bool:
+    """Return whether a model may be one of ours, whose padded batches need a patch as well, or a batch is packed."""
+    return "hf_packfix.models" in sys.modules or holds_packed(*args, **kwargs)
 
 
 def _counts_items(original: Function) -> bool:
@@ -114,6 +198,7 @@ def _counts_items(original: Function) -> bool:
         model_accepts_loss_kwargs=True,
         compute_loss_func=None,
         _loss_shifts_labels=False,
+        model=None,
         args=SimpleNamespace(average_tokens_across_devices=False, n_gpu=1, world_size=1),
         accelerator=SimpleNamespace(parallelism_config=None),
         get_tp_size=lambda: 1,
@@ -125,10 +210,13 @@ def _counts_items(original: Function) -> bool:
 
 @around(
     "transformers.trainer:Trainer._get_num_items_in_batch",
+    when=_with_our_models,
     parameters=("self", "batch_samples", "device"),
     problem="silently gives up on packed labels, so that accumulated gradients come out N times too large",
     fix="counts the labels that the loss uses",
+    uses=("Trainer.model", "Trainer.compute_loss_func"),
     upstream_supports=_counts_items,
+    silent="training",
     since="4.57",
 )
 def _get_num_items_in_batch(original: Function, self: Any, batch_samples: Any, *args: Any, **kwargs: Any) -> Any:
@@ -144,52 +232,91 @@ def _counts_elsewhere(original: Function) -> bool:
 
 @around(
     "transformers.trainer:Trainer.get_batch_samples",
+    when=always,
     parameters=("self", "epoch_iterator", "num_batches"),
     problem="transformers <= 5.2 counts input tokens, and <= 4.56 label items, inside the training loop",
     fix="makes packed inputs and labels countable",
+    uses=(
+        "Trainer.args",
+        "Trainer.model",
+        "Trainer.compute_loss_func",
+        f"{_ARGUMENTS}.include_num_input_tokens_seen",
+        _MAIN_INPUT_NAME,
+    ),
     upstream_supports=_counts_elsewhere,
+    silent="training",
     until="5.3",
 )
 def get_batch_samples(original: Function, self: Any, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
     """Let the original count the items of padded tensors, and the loop the tokens of packed ones with a ``numel()``.
 
-    The batches that come back are those of the iterator. If the loop counts tokens, their main input is a
-    :class:`~hf_packfix.patches.countable.CountablePackedSequence` until ``_prepare_input`` turns it back.
+    The batches that come back are those of the iterator. If the loop counts tokens, their main input is countable
+    until ``_prepare_input`` turns it back.
     """
-    if hasattr(self, "_get_num_items_in_batch"):
+    if is_active("transformers.trainer:Trainer._get_num_items_in_batch"):
         batches, items = original(self, epoch_iterator, *args, **kwargs)
     else:
         batches = []
 
         def countable(batch: Any) -> Any:
             batches.append(batch)
-            return _with_countable_labels(self, batch)
+            return _with_countable_labels(self, batch) if _with_our_models(batch) else batch
 
         _, items = original(self, map(countable, epoch_iterator), *args, **kwargs)
-    if _counts_input_tokens(self):
+    if packing.contains(batches) and _counts_input_tokens(self):
         batches = [_with_countable_input(self, batch) for batch in batches]
     return batches, items
 
 
 def _with_countable_input(trainer: Any, batch: Any) -> Any:
     """Return ``batch`` with a main input, and a mask, that the training loop up to 5.2 can count."""
-    main = getattr(trainer.model, "main_input_name", "input_ids")
-    if not isinstance(batch, Mapping) or not isinstance(batch.get(main), packed.PackedSequence):
+    main = _main_input_name(trainer)
+    if not isinstance(batch, Mapping) or not packing.is_packed(batch.get(main)):
         return batch
-    inputs = {key: batch[key] for key in (main, "attention_mask") if isinstance(batch.get(key), packed.PackedSequence)}
-    # Imports torch, which this file must not when it is loaded.
-    from hf_packfix.patches.countable import CountablePackedSequence
-
-    counted = {key: CountablePackedSequence._make(value) for key, value in inputs.items()}
+    kind = _countable_packed_sequence()
+    counted = {key: kind._make(batch[key]) for key in (main, "attention_mask") if packing.is_packed(batch.get(key))}
     return type(batch)({**batch, **counted})  # type: ignore[call-arg]
+
+
+@cache
+def _countable_packed_sequence() -> Any:
+    class CountablePackedSequence(packing.PackedSequence):
+        """A PackedSequence that can be counted as the training loop up to transformers 5.2 counts an input or a mask.
+
+        The loop calls ``input.numel()``, ``mask.sum()`` or, under "non_padding" with a tokenizer,
+        ``(input != pad_token_id).sum()``, in the middle of ``Trainer._inner_training_loop``. Each is the number of
+        real tokens N.
+        """
+
+        def numel(self) -> int:
+            return packing.num_tokens(self)
+
+        def sum(self) -> torch.Tensor:
+            return torch.tensor(packing.num_tokens(self), device="cpu")
+
+        def __ne__(self, other: object) -> Any:
+            # A PackedSequence holds no padding, so no step of it is the padding token.
+            if not isinstance(other, int):
+                return super().__ne__(other)
+            return torch.ones(packing.num_tokens(self), dtype=torch.bool, device="cpu")
+
+        def uncountable(self) -> PackedSequence:
+            return packing.PackedSequence._make(self)
+
+        def __reduce__(self) -> Any:  # pickle does not find this class by its name
+            return packing.PackedSequence, tuple(self)
+
+    return CountablePackedSequence
 
 
 @around(
     "transformers.trainer:Trainer.compute_loss",
+    when=_with_our_models,
     parameters=("self", "model", "inputs"),
-    problem="label smoothing compares the tokens of our language model with themselves and leaves our encoder-decoder "
-    "without decoder inputs",
-    fix="takes both from the model",
+    problem="label smoothing and compute_loss_func keep the labels from the model: smoothing then compares each token "
+    "that our language model reads with itself, and our encoder-decoder has nothing to decode",
+    fix="takes the labels that the loss uses, and decoder_input_ids, from the model",
+    uses=("Trainer.label_smoother", "Trainer.compute_loss_func", "Trainer.model"),
     issue="https://github.com/huggingface/transformers/issues/27161",
 )
 def compute_loss(original: Function, self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -226,51 +353,232 @@ def _labels_in_loss(trainer: Any) -> Function | None:
     packed, with one label for each of the model's logits, and -100 if the loss ignores it. The models of
     ``hf_packfix.models`` have it: they ignore labels at padding, wherever it is, which upstream's count cannot know.
     """
-    if getattr(trainer, "compute_loss_func", None) is not None:
-        # The user's own loss: upstream's count is what it is written for.
-        return None
-    return getattr(getattr(trainer, "model", None), "labels_in_loss", None)
+    # With the user's own loss, upstream's count is what it is written for.
+    return None if trainer.compute_loss_func is not None else getattr(trainer.model, "labels_in_loss", None)
 
 
 def _with_countable_labels(trainer: Any, batch: Any) -> Any:
     """Replace packed labels of a Trainer's batch with plain tensors, so that the original can count them.
 
-    Every training batch comes through here, as the data loader returned it: an inconsistent PackedSequence, on which
-    torch's recurrent layers may compute something, is found here.
+    Every packed batch of a training comes through here, as the data loader returned it: an inconsistent
+    PackedSequence, on which torch's recurrent layers may compute something, is found here.
     """
-    has_packed = trees.check_batch(batch)
-    shifts = getattr(trainer, "_loss_shifts_labels", True)
+    has_packed = packing.check_batch(batch)
     labels_in_loss = _labels_in_loss(trainer)
     if labels_in_loss is not None and isinstance(batch, Mapping) and batch.get("labels") is not None:
-        flat = labels_in_loss(batch).data.flatten()
-        if shifts:
-            # The original leaves out the first: an ignored one in front, and all of these count.
-            flat = torch.nn.functional.pad(flat, (1, 0), value=-100)
+        # The original may leave out the first: an ignored one in front, and all of these count.
+        flat = torch.nn.functional.pad(labels_in_loss(batch).data.flatten(), (1, 0), value=-100)
         return {**{key: value for key, value in batch.items() if key != "shift_labels"}, "labels": flat}
     if not has_packed:
         return batch
     changed = {}
-    if isinstance(batch.get("shift_labels"), packed.PackedSequence):
+    if packing.is_packed(batch.get("shift_labels")):
         changed["shift_labels"] = _countable(batch["shift_labels"].data)
-    labels = batch.get("labels")
-    if isinstance(labels, packed.PackedSequence):
-        # With a column for the first steps the count is right in either case; if nothing is shifted, `data` suffices.
-        changed["labels"] = _with_first_column(labels) if shifts else _countable(labels.data)
+    if packing.is_packed(batch.get("labels")):
+        changed["labels"] = _with_first_column(batch["labels"])
     return {**batch, **changed} if changed else batch
 
 
 def _countable(data: torch.Tensor) -> torch.Tensor:
     # In bytes -100 would be 156: padding that counts, and a label that does not.
-    return data.to(packed.dtype_with(data.dtype, -100))
+    return data.to(packing.dtype_with(data.dtype, -100))
 
 
 def _with_first_column(labels: PackedSequence) -> torch.Tensor:
-    """Return labels with each sequence's first in a column of its own: the original counts in ``[..., 1:]``."""
+    """Return labels with each sequence's first in a column of its own.
+
+    The original counts in ``[..., 1:]`` if the loss shifts labels, and in all columns if it does not.
+    """
     data = _countable(labels.data)
     rows = len(data)
     if data.dim() != 1 or not rows:
-        return packed.pad(labels, -100, promote=True)
+        return packing.pad(labels, -100, promote=True)
     # Not padded by sequence: the B first steps stand before all others in `data`. So they are the first column of
     # [B, N / B, rounded up].
     sequences = int(labels.batch_sizes[0])
     return torch.nn.functional.pad(data, (0, -rows % sequences), value=-100).view(-1, sequences).T
+
+
+# --- checking a batch in evaluation ----------------------------------------------------------------------
+
+
+@around(
+    "transformers.trainer:Trainer.evaluation_loop",
+    when=always,
+    parameters=("self", "dataloader", "description"),
+    problem="calls the same functions for evaluate() and predict(), and for packed and padded batches",
+    fix="notes which of them runs and whether a batch was packed",
+)
+def evaluation_loop(
+    original: Function, self: Any, dataloader: Any, description: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Note that a loop begins, and whether it evaluates: ``predict`` on rows without labels is nothing to warn of."""
+    with evaluation.running(evaluation.Loop(evaluates=description == "Evaluation")):
+        return original(self, dataloader, description, *args, **kwargs)
+
+
+@around(
+    "transformers.trainer:Trainer.prediction_step",
+    parameters=("self", "model", "inputs"),
+    problem="evaluates silently on inconsistent packed sequences, or when no label name covers the target; cuts a "
+    "bare PackedSequence from compute_loss like a tuple",
+    fix="raises, or warns, and names the keys; predicts what the PackedSequence holds",
+    uses=("Trainer.compute_loss", "Trainer.label_names", "Trainer.can_return_loss", "Trainer.model", _MAIN_INPUT_NAME),
+    silent="evaluation",
+)
+def prediction_step(original: Function, self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """Check a packed batch and what the model returns for it, and warn of what would be wrong silently.
+
+    Raises:
+        ValueError: the fields of a PackedSequence contradict each other.
+    """
+    if not packing.check_batch(inputs):
+        return original(self, model, inputs, *args, **kwargs)
+    loop = evaluation.current() or evaluation.Loop()
+    if loop.evaluates:
+        _warn_of_uncovered_labels(self, inputs)
+        _warn_of_several_batch_sizes(inputs)
+    with _bare_outputs_in_a_tuple(self):
+        result = original(self, model, inputs, *args, **kwargs)
+    loop.note(_steps_by_name(inputs, result))
+    _warn_of_dropped_indices(inputs, result)
+    return result
+
+
+@contextmanager
+def _bare_outputs_in_a_tuple(trainer: Any) -> Iterator[None]:
+    """Turn a bare PackedSequence that ``compute_loss`` returns as outputs into ``(loss, outputs)``.
+
+    Upstream takes outputs that are no dict for a tuple that begins with the loss: ``outputs[1:]`` would be the fields
+    of the PackedSequence without its data.
+    """
+    compute_loss, own = trainer.compute_loss, vars(trainer).get("compute_loss")
+
+    def with_outputs_in_a_tuple(*args: Any, **kwargs: Any) -> Any:
+        result = compute_loss(*args, **kwargs)
+        if isinstance(result, tuple) and len(result) == 2 and packing.is_packed(result[1]):
+            return result[0], result
+        return result
+
+    trainer.compute_loss = with_outputs_in_a_tuple
+    try:
+        yield
+    finally:
+        if own is None:
+            del trainer.compute_loss
+        else:
+            trainer.compute_loss = own
+
+
+def _warn_of_several_batch_sizes(inputs: Mapping[str, Any]) -> None:
+    """Warn if the sequences of one key are not the rows of the batch: the first key counts, as upstream has it."""
+    sizes = packing.rows_of_keys(inputs)
+    first = next(iter(inputs))
+    if len(set(sizes.values())) > 1 and packing.is_packed(inputs[first]):
+        others = ", ".join(f"{key!r} has {size}" for key, size in sizes.items() if size != sizes[first])
+        warn_once(
+            f"the packed sequences of a batch differ in number: {first!r} has {sizes[first]} sequences, {others}. "
+            f"Samples are counted, and losses weighted, by the first key of the batch, {first!r}: let the collator "
+            f"put the key first whose sequences are the rows of the data set",
+            cause=f"several batch sizes: {list(sizes)}",
+        )
+
+
+def _steps_by_name(inputs: Mapping[str, Any], result: Any) -> dict[str, list[int]]:
+    """Return the shape of the steps of each packed key of a batch, and of what the model returned for it."""
+    outputs = result[1] if isinstance(result, tuple) and len(result) > 1 else None
+    named = [(repr(key), value) for key, value in inputs.items()]
+    if isinstance(outputs, tuple) and not packing.is_packed(outputs):
+        named += [(f"output {place} of the model", output) for place, output in enumerate(outputs)]
+    else:
+        named.append(("the output of the model", outputs))
+    return {name: list(value.data.shape[1:]) for name, value in named if packing.is_packed(value)}
+
+
+def _warn_of_dropped_indices(inputs: Mapping[str, Any], result: Any) -> None:
+    """Warn if the model returned the packing of an input without its index tensors: its rows would be out of order."""
+    for output in packing.packed_in(result[1] if isinstance(result, tuple) and len(result) > 1 else None):
+        for key, value in inputs.items():
+            if (
+                packing.is_packed(value)
+                and (value.sorted_indices is None) != (output.sorted_indices is None)
+                and torch.equal(value.batch_sizes, output.batch_sizes)
+                and not packing.same_packing(value, output)
+            ):
+                without, with_them = ("output", key) if output.sorted_indices is None else (key, "output")
+                warn_once(
+                    f"the model's output has the lengths of {key!r}, but only one of them has index tensors: the "
+                    f"{with_them} is in the order of the data set, the {without} sorted by length, and metrics would "
+                    f"compare one sequence with another. Keep the index tensors: hf_packfix.with_data(x, data), or "
+                    f"PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices); or let the collator "
+                    f"sort the rows and pack with enforce_sorted=True"
+                )
+
+
+#: What target names contain, and names that are targets. Upstream's `find_labels` knows "label" and the positions.
+_TARGET_WORDS = ("label", "target")
+_TARGETS = ("y", "start_positions", "end_positions")
+
+#: Ends of the names of inputs that a model may go without.
+_INPUTS = ("_mask", "_ids", "_embeds", "_values", "_features", "lengths")
+
+
+def _warn_of_uncovered_labels(trainer: Any, inputs: Mapping[str, Any]) -> None:
+    """Warn if the Trainer computes no loss for a batch, since ``label_names`` covers no target in it."""
+    names = list(trainer.label_names)
+    there = [name for name in names if inputs.get(name) is not None]
+    if names and there == names:
+        return
+    returns_loss = inputs.get("return_loss")
+    # As in `Trainer.prediction_step`: a model that returns a loss without labels, as CLIP does.
+    if not names and (trainer.can_return_loss if returns_loss is None else returns_loss):
+        return
+    found, sure = (there, True) if there else _targets(trainer, inputs)
+    if sure:
+        cure = f"name the target: TrainingArguments(label_names={found})"
+    elif found:
+        either = " or ".join(map(repr, found))
+        cure = f"if {either} is the target, name it: TrainingArguments(label_names=[{found[-1]!r}])"
+    else:
+        cure = (
+            "none of them looks like a target: let the collator return it, and name it in TrainingArguments("
+            "label_names=[...]). A model whose loss needs no labels is evaluated with its loss if its forward has "
+            "the parameter return_loss=True"
+        )
+    warn_once(
+        f"the Trainer computes no eval_loss and does not call compute_metrics, since it found no labels in the "
+        f"batch: label_names is {names}, the batch has the keys {list(inputs)}; {cure}"
+    )
+
+
+def _targets(trainer: Any, inputs: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """Return the keys of a batch that are targets of the model, and whether that is sure enough to advise them.
+
+    In this order: keys with the name of a target; keys that ``forward`` does not take, which a Trainer's own
+    ``compute_loss`` takes out before; keys of parameters that ``forward`` can do without, and what is left beside the
+    main input.
+    """
+    parameters = _parameters(trainer.model)
+    main = _main_input_name(trainer)
+    if main not in inputs:
+        main = next((name for name in [*parameters, *inputs] if name in inputs), main)
+    keys = [key for key, value in inputs.items() if key not in (main, "return_loss") and value is not None]
+    named = [key for key in keys if key in _TARGETS or any(word in key.lower() for word in _TARGET_WORDS)]
+    if named:
+        return named, True
+    keys = [key for key in keys if not key.endswith(_INPUTS)]
+    takes_any = not parameters or any(
+        parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
+    unknown = [] if takes_any else [key for key in keys if key not in parameters]
+    if unknown:
+        return unknown, len(unknown) == 1
+    optional = [key for key in keys if key in parameters and parameters[key].default is None]
+    return (optional, len(optional) == 1) if optional else (keys, False)
+
+
+def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(model.forward).parameters
+    except (AttributeError, TypeError, ValueError):
+        return {}

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from functools import cache
+from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from hf_packfix.patches import probe
-from hf_packfix.patches.declare import around, on_leaf
-from hf_packfix.patches.lazily import evaluation, jagged, packed, torch, trees
-from hf_packfix.patches.patch import Function
+from hf_packfix.engine import probe
+from hf_packfix.engine.declare import always, around, holds_packed, on_leaf
+from hf_packfix.engine.lazily import evaluation, packing, torch
+from hf_packfix.engine.targets import Function
 
 if TYPE_CHECKING:
     from torch.nn.utils.rnn import PackedSequence
 
-__all__ = [
-    "add",
-    "find_batch_size",
-    "label_smoother_call",
-    "nested_concat",
-    "nested_detach",
-    "nested_numpify",
-    "nested_truncate",
-]
-
 
 def _smooths(original: Function) -> bool:
     labels = probe.packed()
-    labels = labels._replace(data=labels.data % 2)
-    logits = labels._replace(data=torch.eye(3, device="cpu")[:, :2])
+    labels = packing.with_data(labels, labels.data % 2)
+    logits = packing.with_data(labels, torch.eye(3, device="cpu")[:, :2])
     smoother = SimpleNamespace(epsilon=0.1, ignore_index=-100)
     loss = original(smoother, {"logits": logits}, labels)
     return bool(loss == original(smoother, {"logits": logits.data}, labels.data))
@@ -40,20 +29,20 @@ def _smooths(original: Function) -> bool:
     parameters=("self", "model_output", "labels"),
     problem="label smoothing takes packed logits and labels for tensors",
     fix="smooths over the real steps",
+    uses=("LabelSmoother.ignore_index",),
     upstream_supports=_smooths,
 )
 def label_smoother_call(
     original: Function, self: Any, model_output: Any, labels: Any, shift_labels: bool = False, **kwargs: Any
 ) -> Any:
     """Smooth over the rows of ``data``, or over padded tensors if the loss needs to know the steps."""
-    if isinstance(model_output, packed.PackedSequence):
-        logits: Any = model_output  # not a tuple of outputs, whose first would be its data
+    if packing.is_packed(model_output):
+        logits = model_output  # not a tuple of outputs, whose first would be its data
     else:
         logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
-    logits_are_packed, labels_are_packed = (isinstance(x, packed.PackedSequence) for x in (logits, labels))
-    if logits_are_packed or labels_are_packed:
-        both = logits_are_packed and labels_are_packed
-        if both and not shift_labels and packed.same_packing(logits, labels):
+    if packing.is_packed(logits) or packing.is_packed(labels):
+        both = packing.is_packed(logits) and packing.is_packed(labels)
+        if both and not shift_labels and packing.same_packing(logits, labels):
             logits, labels = logits.data, labels.data
         else:
             logits, labels = _padded(logits, labels, self.ignore_index)
@@ -67,20 +56,21 @@ def _padded(logits: Any, labels: Any, ignore_index: int) -> tuple[Any, Any]:
     Raises:
         ValueError: both are packed and a sequence has more logits than labels, or fewer.
     """
-    if isinstance(logits, packed.PackedSequence) and isinstance(labels, packed.PackedSequence):
-        of_logits, of_labels = packed.lengths(logits), packed.lengths(labels)
+    logits_are_packed, labels_are_packed = packing.is_packed(logits), packing.is_packed(labels)
+    if logits_are_packed and labels_are_packed:
+        of_logits, of_labels = packing.lengths(logits), packing.lengths(labels)
         if not torch.equal(of_logits, of_labels):
             raise ValueError(
                 f"label smoothing needs one label a step of the logits: the packed logits have the lengths "
                 f"{of_logits.tolist()}, the packed labels {of_labels.tolist()}"
             )
-    if isinstance(labels, packed.PackedSequence):
+    if labels_are_packed:
         # A model may pad its logits to more steps than the longest sequence of labels has.
-        steps = None if isinstance(logits, packed.PackedSequence) else logits.shape[1]
-        labels = packed.pad(labels, ignore_index, total_length=steps, promote=True)
-    if isinstance(logits, packed.PackedSequence):
+        steps = None if logits_are_packed else logits.shape[1]
+        labels = packing.pad(labels, ignore_index, total_length=steps, promote=True)
+    if logits_are_packed:
         # Logits at padding do not matter: their label is `ignore_index`.
-        logits = packed.pad(logits, 0.0, total_length=labels.shape[1])
+        logits = packing.pad(logits, 0.0, total_length=labels.shape[1])
     return logits, labels
 
 
@@ -90,15 +80,16 @@ def _padded(logits: Any, labels: Any, ignore_index: int) -> tuple[Any, Any]:
     parameters=("tensors",),
     problem="rebuilds tuples from a generator, which a PackedSequence refuses",
     fix="detaches the data and keeps the packing",
-    upstream_supports=lambda original: _is_packed(original(probe.packed())),
+    upstream_supports=lambda original: packing.is_packed(original(probe.packed())),
 )
-def nested_detach(original: Function, leaf: PackedSequence) -> PackedSequence:
+def nested_detach(original: Function, packed: PackedSequence) -> PackedSequence:
     """Detach ``data``."""
-    return packed.with_data(leaf, leaf.data.detach())
+    return packing.with_data(packed, packed.data.detach())
 
 
 @around(
     "transformers.trainer_pt_utils:nested_concat",
+    when=lambda tensors, new_tensors, *_, **__: isinstance(tensors, tuple) or isinstance(new_tensors, tuple),
     parameters=("tensors", "new_tensors", "padding_index"),
     problem="concatenates the fields of two PackedSequences one by one",
     fix="concatenates their sequences, padded",
@@ -110,10 +101,10 @@ def nested_concat(original: Function, tensors: Any, new_tensors: Any, padding_in
     Raises:
         ValueError: the trailing dimensions ``*`` differ; the original would repeat a dimension of size one.
     """
-    if isinstance(tensors, packed.PackedSequence):
-        tensors = packed.pad(tensors, padding_index, promote=True)
-    if isinstance(new_tensors, packed.PackedSequence):
-        new_tensors = packed.pad(new_tensors, padding_index, promote=True)
+    if packing.is_packed(tensors):
+        tensors = packing.pad(tensors, padding_index, promote=True)
+    if packing.is_packed(new_tensors):
+        new_tensors = packing.pad(new_tensors, padding_index, promote=True)
         # The original gives this function every leaf, without its key.
         if tensors.shape[2:] != new_tensors.shape[2:]:
             raise ValueError(
@@ -121,9 +112,9 @@ def nested_concat(original: Function, tensors: Any, new_tensors: Any, padding_in
                 f"{list(new_tensors.shape[2:])}, those before it {list(tensors.shape[2:])}"
             )
     # Upstream rebuilds a tuple from a generator, which no named tuple takes.
-    if isinstance(tensors, tuple) and trees.is_namedtuple(tensors) and type(tensors) is type(new_tensors):
+    if packing.is_namedtuple(tensors) and type(tensors) is type(new_tensors):
         pairs = zip(tensors, new_tensors, strict=True)
-        return trees.rebuild(tensors, [nested_concat(original, *pair, padding_index) for pair in pairs])
+        return packing.rebuild(tensors, [nested_concat(original, *pair, padding_index) for pair in pairs])
     return original(tensors, new_tensors, padding_index=padding_index)
 
 
@@ -135,9 +126,9 @@ def nested_concat(original: Function, tensors: Any, new_tensors: Any, padding_in
     fix="returns the padded array",
     upstream_supports=lambda original: original(probe.packed()).shape == (2, 2),
 )
-def nested_numpify(original: Function, leaf: PackedSequence) -> Any:
+def nested_numpify(original: Function, packed: PackedSequence) -> Any:
     """Return ``[B, T, *]`` as an array, padded with -100 as the Trainer pads what it gathers."""
-    return original(packed.pad(leaf, -100, promote=True))
+    return original(packing.pad(packed, -100, promote=True))
 
 
 @on_leaf(
@@ -146,85 +137,82 @@ def nested_numpify(original: Function, leaf: PackedSequence) -> Any:
     parameters=("tensors", "limit"),
     problem="rebuilds tuples from a generator, which a PackedSequence refuses",
     fix="keeps the first sequences, whole",
-    upstream_supports=lambda original: _is_packed(original(probe.packed(), 1)),
+    upstream_supports=lambda original: packing.is_packed(original(probe.packed(), 1)),
 )
-def nested_truncate(original: Function, leaf: PackedSequence, limit: Any) -> PackedSequence:
+def nested_truncate(original: Function, packed: PackedSequence, limit: Any) -> PackedSequence:
     """Keep the first ``limit`` sequences in original order."""
-    return jagged.take(leaf, slice(limit))
+    return packing.take(packed, slice(limit))
 
 
 @around(
     "transformers.trainer_pt_utils:find_batch_size",
+    when=always,
     parameters=("tensors",),
     problem="silently counts the tokens of a PackedSequence as its batch size",
     fix="counts the sequences",
     upstream_supports=lambda original: original(probe.packed()) == 2,
+    silent="evaluation",
 )
 def find_batch_size(original: Function, tensors: Any) -> Any:
     """Return B, the number of sequences; name the key of a batch if its fields contradict each other."""
-    if isinstance(tensors, packed.PackedSequence):
-        return packed.batch_size(tensors)
+    if packing.is_packed(tensors):
+        return packing.batch_size(tensors)
     if isinstance(tensors, (tuple, list)):
         # `prediction_step` checks mappings; upstream's own takes nothing else.
-        trees.check_batch(tensors)
+        packing.check_batch(tensors)
     try:
         return original(tensors)
     except ValueError:
-        trees.check_batch(tensors)
+        packing.check_batch(tensors)
         raise
 
 
 @around(
     "transformers.trainer_pt_utils:EvalLoopContainer.add",
+    when=lambda self, tensors: evaluation.is_packed() or holds_packed(tensors),
     parameters=("self", "tensors"),
     problem="copies all earlier batches, padding included, at every batch of an evaluation",
     fix="keeps the batches of a packed evaluation apart, and joins them once",
+    uses=(
+        "EvalLoopContainer.do_nested_concat",
+        "EvalLoopContainer.padding_index",
+        "EvalLoopContainer.tensors",
+        "EvalLoopContainer.arrays",
+        "EvalLoopContainer.get_arrays",
+    ),
 )
 def add(original: Function, self: Any, tensors: Any) -> None:
-    """Keep batches apart once the loop has met a packed one, and what came from packed sequences without padding."""
-    if tensors is None:  # `preprocess_logits_for_metrics` may drop the logits: the original keeps nothing
-        original(self, tensors)
-        return
-    if trees.contains(tensors):  # nothing has asked for a padded tensor so far
-        tensors = trees.map_packed(lambda leaf: packed.pad(leaf, self.padding_index, promote=True), tensors)
-    apart = evaluation.any_has_lengths(tensors) or evaluation.loop_is_packed()
-    if self.arrays is not None or not (self.do_nested_concat and apart):
-        original(self, tensors)
-        return
-    self.__class__ = _keeping_batches_apart(cast("Hashable", type(self)))
-    if self.tensors is not None:  # of batches before the first packed one
-        earlier, self.tensors = self.tensors, None
-        self.add(earlier)
-    self.add(tensors)
+    """Let a container of a packed evaluation keep a list of batches, as with ``eval_do_concat_batches=False``.
 
-
-@cache
-def _keeping_batches_apart(container: Any) -> type:
-    """Return the class of a container of the evaluation loop while it keeps batches apart.
-
-    The class, not three patches: what a container holds must not depend on a ``disable()`` in the meantime.
+    Its own ``get_arrays`` joins them at the end: on the object, since what it holds must not depend on a ``disable()``
+    in the meantime.
     """
-
-    class KeepingBatchesApart(container):  # type: ignore[misc]
-        def add(self, tensors: Any) -> None:
-            self._buffer().add(tensors)
-
-        def to_cpu_and_numpy(self) -> None:
-            self._buffer().to_cpu()
-
-        def get_arrays(self) -> Any:
-            self.tensors = self.__dict__.pop("_hf_packfix_buffer").merge()
-            self.__class__ = container
-            return self.get_arrays()
-
-        def _buffer(self) -> evaluation.EvaluationBuffer:
-            if "_hf_packfix_buffer" not in vars(self):
-                self._hf_packfix_buffer = evaluation.EvaluationBuffer(self.padding_index)
-            found: evaluation.EvaluationBuffer = self._hf_packfix_buffer
-            return found
-
-    return KeepingBatchesApart
+    if tensors is None:  # `preprocess_logits_for_metrics` may drop the logits: nothing is kept
+        return
+    padding = self.padding_index
+    tensors = packing.map_packed(lambda packed: packing.pad(packed, padding, promote=True), tensors)
+    if not evaluation.is_packed():
+        original(self, tensors)
+        return
+    if self.do_nested_concat:
+        self.do_nested_concat = False
+        self.tensors = None if self.tensors is None else [self.tensors]
+        self.arrays = None if self.arrays is None else [self.arrays]
+        self._hf_packfix_check = evaluation.SameShapes(self.tensors or self.arrays or [])
+        self.get_arrays = partial(_joined_arrays, self)
+    if "_hf_packfix_check" in vars(self):
+        self._hf_packfix_check(tensors)
+        # A view would keep all of its memory, and a model may use the memory of its outputs again.
+        tensors = packing.map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, tensors)
+    original(self, tensors)
 
 
-def _is_packed(value: Any) -> bool:
-    return isinstance(value, packed.PackedSequence)
+def _joined_arrays(container: Any) -> Any:
+    """Return what the container's ``get_arrays`` returns if it concatenates batches."""
+    del container.get_arrays, container._hf_packfix_check
+    container.get_arrays()  # makes arrays of what is on the device
+    container.do_nested_concat = True
+    if container.arrays is not None:
+        batches, container.arrays = container.arrays, None
+        container.arrays = evaluation.join(batches, container.padding_index)
+    return container.arrays

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_packfix.patches.declare import around
-from hf_packfix.patches.lazily import packed, torch, trees
-from hf_packfix.patches.patch import Function
+from hf_packfix.engine.declare import around, holds_packed
+from hf_packfix.engine.lazily import packing, torch
+from hf_packfix.engine.targets import Function
 
-__all__ = ["prediction_step"]
+_TRAINER = "transformers.trainer:Trainer"
 
 
 @around(
     "transformers.trainer_seq2seq:Seq2SeqTrainer.prediction_step",
+    # Padded batches of our own models need the second part.
+    when=lambda *args, **kwargs: "hf_packfix.models" in sys.modules or holds_packed(*args, **kwargs),
     parameters=("self", "model", "inputs", "prediction_loss_only"),
     problem="predict_with_generate asks packed labels and inputs for their shape",
     fix="generates from padded inputs",
+    uses=(
+        f"{_TRAINER}.args",
+        f"{_TRAINER}.model",
+        f"{_TRAINER}.label_smoother",
+        f"{_TRAINER}._prepare_inputs",
+        "Seq2SeqTrainer.predict_with_generate",
+        "transformers.modeling_utils:PreTrainedModel.main_input_name",
+        "transformers.modeling_utils:PreTrainedModel.config",
+        "transformers.configuration_utils:PretrainedConfig.is_encoder_decoder",
+        "transformers.generation.utils:GenerationMixin.generation_config",
+        "transformers.generation.configuration_utils:GenerationConfig.pad_token_id",
+    ),
 )
 def prediction_step(
     original: Function, self: Any, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
@@ -32,7 +47,7 @@ def prediction_step(
     if prediction_loss_only or not self.args.predict_with_generate:
         return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
     with _smoothing_over_labels_in_loss(self, inputs):
-        if not trees.contains(inputs):
+        if not packing.contains(inputs):
             return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
 
         def model_on_packed(**_: Any) -> Any:
@@ -45,7 +60,7 @@ def prediction_step(
 @contextlib.contextmanager
 def _smoothing_over_labels_in_loss(trainer: Any, inputs: Any) -> Iterator[None]:
     """Let the Trainer's smoother compare logits with the labels that the model declares for them, if it does."""
-    smoother = getattr(trainer, "label_smoother", None)
+    smoother = trainer.label_smoother
     labels_in_loss = getattr(trainer.model, "labels_in_loss", None)
     if smoother is None or labels_in_loss is None or inputs.get("labels") is None:
         yield
@@ -63,21 +78,19 @@ def _for_generation(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     A decoder-only model continues its prompt, so padding goes on the left; for an encoder it goes on the right. Labels
     are padded with -100 on the right.
     """
-    config = getattr(model, "config", None)
-    on_the_left = not getattr(config, "is_encoder_decoder", False)
-    token = getattr(config, "pad_token_id", None) or 0
-    main = inputs.get(getattr(model, "main_input_name", "input_ids"))
+    pad = packing.pad if getattr(model.config, "is_encoder_decoder", False) else packing.pad_left
+    token = getattr(model.generation_config, "pad_token_id", None) or 0
+    main: Any = inputs.get(getattr(model, "main_input_name", "input_ids"))
 
     padded: dict[str, Any] = {}
     for key, value in inputs.items():
-        if not isinstance(value, packed.PackedSequence):
+        if not packing.is_packed(value):
             padded[key] = value
         elif key == "labels":
-            padded[key] = packed.pad(value, -100, promote=True)
+            padded[key] = packing.pad(value, -100, promote=True)
         else:
-            filling = token if key.endswith("input_ids") else 0
-            padded[key] = packed.pad_left(value, filling) if on_the_left else packed.pad(value, filling)
-    if isinstance(main, packed.PackedSequence) and "attention_mask" not in padded:
-        real = packed.with_data(main, torch.ones(main.data.shape[0], dtype=torch.int64, device=main.data.device))
-        padded["attention_mask"] = packed.pad_left(real, 0) if on_the_left else packed.pad(real, 0)
+            padded[key] = pad(value, token if key.endswith("input_ids") else 0)
+    if packing.is_packed(main) and "attention_mask" not in padded:
+        real = torch.ones(packing.num_tokens(main), dtype=torch.int64, device=main.data.device)
+        padded["attention_mask"] = pad(packing.with_data(main, real), 0)
     return padded

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-from hf_packfix.patches.declare import around
-from hf_packfix.patches.lazily import packed, trees
-from hf_packfix.patches.patch import Function
-
-__all__ = ["eval_prediction_init"]
+from hf_packfix.engine.declare import around
+from hf_packfix.engine.lazily import packing
+from hf_packfix.engine.targets import Function
 
 
 @around(
@@ -24,5 +21,5 @@ def eval_prediction_init(original: Function, self: Any, *args: Any, **kwargs: An
     Most of what arrives here went through ``pad_across_processes`` and is padded. The rest are the inputs under
     ``batch_eval_metrics``, and what a user's own evaluation loop collected.
     """
-    padded = partial(trees.map_packed, partial(packed.pad, padding_value=-100, promote=True))
-    original(self, *map(padded, args), **{name: padded(value) for name, value in kwargs.items()})
+    args, kwargs = packing.map_packed(lambda packed: packing.pad(packed, -100, promote=True), (args, kwargs))
+    original(self, *args, **kwargs)

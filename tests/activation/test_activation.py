@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pack_sequence
 from transformers import Trainer
 
 import hf_packfix
-from hf_packfix.activation import applying, versions
-from hf_packfix.activation.state import state
+from hf_packfix.activation import control, versions
+from hf_packfix.activation.control import state
 from hf_packfix.patches import PATCHES
 from tests.support.oracle import stock
 from tests.support.packed_sequences import bare_trainer, some_packed
@@ -75,7 +75,7 @@ def test_any_order_with_a_foreign_patch(order):
 import torch, types
 from torch.nn.utils.rnn import pack_sequence
 trainer = Trainer.__new__(Trainer)
-trainer.args = types.SimpleNamespace(device=torch.device("meta"))
+trainer.args = types.SimpleNamespace(device=torch.device("meta"), n_gpu=1)
 trainer.is_deepspeed_enabled = False
 packed = pack_sequence([torch.ones(1), torch.ones(2)], enforce_sorted=False)
 try:
@@ -119,7 +119,7 @@ def test_a_program_without_torch_is_not_made_to_load_it():
         stand_in = types.ModuleType("transformers.feature_extraction_utils")
         exec("class BatchFeature:\\n    def to(self): pass", vars(stand_in))
         import hf_packfix
-        from hf_packfix.activation.applying import on_module_imported
+        from hf_packfix.activation.control import on_module_imported
         sys.modules[stand_in.__name__] = stand_in
         on_module_imported(stand_in)
         assert "torch" not in sys.modules
@@ -221,8 +221,8 @@ def test_an_import_hook_never_raises(monkeypatch, caplog):
 
     monkeypatch.setattr(state, "failures", set())
     with monkeypatch.context() as broken:
-        broken.setattr(applying, "requested_patches", damaged)
-        applying.on_module_imported(sys.modules["transformers.trainer"])
+        broken.setattr(control, "_requested_patches", damaged)
+        control.on_module_imported(sys.modules["transformers.trainer"])
     assert "could not patch transformers.trainer: RuntimeError: the patches cannot be read" in caplog.text
 
 

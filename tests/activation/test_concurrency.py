@@ -46,7 +46,7 @@ def together(togglers, toggle, trainers):
 
 def targets():
     from hf_packfix.patches import PATCHES
-    from hf_packfix.patches.targets import resolve
+    from hf_packfix.engine.targets import resolve
     return {p.target: resolve(p.module, p.path)[1] for p in PATCHES}
 
 expected = losses(build(padded_batch, epochs=6))
@@ -108,7 +108,7 @@ def test_a_fork_while_another_thread_holds_the_lock():
     printed = run(
         """
         import os, signal
-        from hf_packfix.activation.state import state
+        from hf_packfix.activation.control import state
         held, done = threading.Event(), threading.Event()
         def hold():
             with state.lock:

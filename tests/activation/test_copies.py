@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import Trainer
 
+from hf_packfix.engine.patch import Patch
+from hf_packfix.engine.targets import resolve
 from hf_packfix.patches import PATCHES
-from hf_packfix.patches.patch import Patch
-from hf_packfix.patches.targets import resolve
 from tests.support.oracle import PlainTagger, Tagger, new_trainer, packed_batch, padded_batch, rows, stock
 
 pytestmark = pytest.mark.slow  # starts many processes

@@ -145,10 +145,10 @@ def test_nothing_is_raised_where_the_trainer_is_used():
     run(
         """
 import hf_packfix, torch
-from hf_packfix.activation import applying
-real, applying.requested_patches = applying.requested_patches, lambda: 1 / 0
+from hf_packfix.activation import control
+real, control._requested_patches = control._requested_patches, lambda: 1 / 0
 assert len(torch.utils.data.DataLoader([1, 2])) == 2
-applying.requested_patches = real
+control._requested_patches = real
 """
     )
 
@@ -158,12 +158,12 @@ def test_a_lock_that_another_thread_holds_does_not_stop_the_first_use():
         """
 import threading
 import hf_packfix, torch
-from hf_packfix.activation.applying import locked
+from hf_packfix.activation.control import _locked
 answer_for("transformers")
 import transformers.trainer
 held, done = threading.Event(), threading.Event()
 def hold():
-    with locked():
+    with _locked():
         held.set()
         assert done.wait(60)
 thread = threading.Thread(target=hold)

@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 from transformers import BatchEncoding, BatchFeature
 
-from hf_packfix.patches.countable import CountablePackedSequence
+from hf_packfix.patches.transformers_trainer import _countable_packed_sequence
 from tests.support.oracle import packed_batch, padded_batch, rows
 from tests.support.packed_sequences import CPU, META, bare_trainer, some_packed
 from tests.support.patched import patch_of
@@ -35,14 +35,17 @@ def tokens_counted_inline(trainer: Any, inputs: Any, pad_token_id: int | None) -
 
 
 def old_trainer(mode: Any) -> Any:
-    return SimpleNamespace(args=SimpleNamespace(include_num_input_tokens_seen=mode), model=torch.nn.Linear(1, 1))
+    args = SimpleNamespace(include_num_input_tokens_seen=mode)
+    return SimpleNamespace(args=args, model=torch.nn.Linear(1, 1), compute_loss_func=None)
 
 
 @pytest.fixture
 def wrapped(monkeypatch):
     patch = patch_of("transformers.trainer:Trainer.get_batch_samples")
     monkeypatch.setattr(patch, "active", True)
-    return patch.wrap(counting_inline)
+    # From 4.57 on a method of its own counts, and has its own patch.
+    monkeypatch.setattr(patch_of("transformers.trainer:Trainer._get_num_items_in_batch"), "active", False)
+    return patch.make(counting_inline, patch)
 
 
 def test_items_are_those_of_the_padded_tensors(wrapped):
@@ -86,18 +89,18 @@ def test_off_means_off(wrapped, monkeypatch):
 
 
 def test_a_countable_packed_sequence_is_a_packed_sequence():
-    packed = some_packed()
-    countable = CountablePackedSequence._make(packed)
+    packed, kind = some_packed(), _countable_packed_sequence()
+    countable = kind._make(packed)
     assert isinstance(countable, PackedSequence)
     assert all(left is right for left, right in zip(countable, packed, strict=True))
     assert (countable.numel(), int(countable.sum()), int((countable != 7).sum())) == (6, 6, 6)
     assert (countable != 7).dtype == (packed.data != 7).dtype  # a mask
     assert countable != "text"
-    assert (countable != CountablePackedSequence._make(packed)) is False  # as tuples are, of the same fields
-    assert type(countable.plain()) is PackedSequence
+    assert (countable != kind._make(packed)) is False  # as tuples are, of the same fields
+    assert type(countable.uncountable()) is PackedSequence
     assert torch.nn.GRU(2, 3)(countable)[0].data.shape == (6, 3)
     for same in (copy.deepcopy(countable), pickle.loads(pickle.dumps(countable))):
-        assert type(same) is CountablePackedSequence
+        assert type(same) is PackedSequence
         assert torch.equal(same.data, packed.data)
 
 
@@ -108,9 +111,9 @@ def test_a_batch_type_that_drops_what_is_no_tensor_keeps_packed_sequences(monkey
 
     patch = patch_of("transformers.tokenization_utils_base:BatchEncoding.to")
     monkeypatch.setattr(patch, "active", True)
-    held = {"x": some_packed(), "note": "dropped", "y": torch.ones(2), "several": [some_packed(), "kept"]}
-    moved = patch.wrap(dropping)(BatchEncoding(held), META)
-    assert list(moved) == ["x", "y", "several"]
+    held = {"x": some_packed(), "note": "dropped upstream", "y": torch.ones(2), "several": [some_packed(), "kept"]}
+    moved = patch.make(dropping, patch)(BatchEncoding(held), META)
+    assert list(moved) == ["x", "note", "y", "several"]
     assert moved["x"].data.device == moved["several"][0].sorted_indices.device == moved["y"].device == META
     assert moved["x"].batch_sizes.device == CPU
     assert moved["several"][1] == "kept"

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils.operations import get_data_structure
+from hf_packfix.patches.transformers_trainer_evaluation import _evaluating
 from transformers import BatchFeature
 from transformers.trainer_pt_utils import EvalLoopContainer
 
 import hf_packfix
 from hf_packfix.patches import PATCHES
-from hf_packfix.patches.transformers_trainer_evaluation import _evaluating
 from tests.benchmarks.measure import Row, Table, difference, interleave, per_call
 
 __all__ = ["run"]
@@ -90,7 +90,7 @@ def run(quick: bool) -> Table:
         samples = interleave(
             {
                 label: per_call(f"call({', '.join(names)})", number, call=function, **names)
-                for label, function in (("with", patch.wrap(nothing)), ("without", nothing))
+                for label, function in (("with", patch.make(nothing, patch)), ("without", nothing))
             },
             repeats,
         )

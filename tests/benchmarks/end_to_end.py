@@ -145,7 +145,7 @@ def by_difference(cell: str, rows: list[Batch], *, own: bool) -> float:
         name = patch.path.rpartition(".")[2]
         if patch.path.startswith("Trainer.") and patch.active:
             wrappers[name] = vars(Trainer)[name]
-            setattr(Trainer, name, timed(patch.wrap(timed(wrappers[name].__wrapped__, -1)), 1))
+            setattr(Trainer, name, timed(patch.make(timed(wrappers[name].__wrapped__, -1), patch), 1))
     try:
         total, _ = through_trainer(cell, rows, DataCollatorForPackedSequence(), own=own)
     finally:

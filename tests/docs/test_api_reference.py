@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tests.api_reference import PAGE, reference
+from tests.tools.api_reference import PAGE, reference
 
 
 def test_the_page_is_up_to_date():
-    assert PAGE.read_text(encoding="utf-8") == reference(), "run: python tests/api_reference.py"
+    assert PAGE.read_text(encoding="utf-8") == reference(), "run: python -m tests.tools.api_reference"
 
 
 def test_every_entry_says_something():

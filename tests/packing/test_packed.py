@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_packfix.packing import jagged, packed, trees
-from hf_packfix.patches.countable import CountablePackedSequence
+from hf_packfix.patches.transformers_trainer import _countable_packed_sequence
 
 
 class Pair(NamedTuple):
@@ -243,10 +243,10 @@ def test_named_tuples_are_found_wherever_they_stand():
     packed = pack_sequence(sequences([2], torch.int64, ()))
     for leaf in (packed, Pair(1, 2)):
         for tree in (leaf, [leaf], (0, (leaf,)), {"a": 0, "b": leaf}, [{"a": [leaf]}]):
-            assert trees.contains_namedtuple(tree) is True
+            assert trees.contains(tree, trees.is_namedtuple) is True
             assert trees.contains(tree) is (leaf is packed)
     for tree in (torch.ones(2), [1, (2, 3)], {"a": [None, "x"]}, {}, range(3), object()):
-        assert trees.contains_namedtuple(tree) is False
+        assert trees.contains(tree, trees.is_namedtuple) is False
         assert trees.contains(tree) is False
 
 
@@ -310,8 +310,8 @@ def test_nothing_depends_on_the_default_device():
             *jagged.concatenate([batch, batch]),
             torch.tensor(packed.batch_size(batch), device="cpu"),
             torch.tensor(packed.same_packing(batch, other), device="cpu"),
-            CountablePackedSequence._make(batch).sum(),
-            CountablePackedSequence._make(batch) != 0,
+            _countable_packed_sequence()._make(batch).sum(),
+            _countable_packed_sequence()._make(batch) != 0,
         ]
 
     expected = results()

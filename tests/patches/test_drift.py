@@ -11,11 +11,11 @@ from packaging.version import Version
 
 import hf_packfix
 from hf_packfix.activation import versions
-from hf_packfix.patches import FAST_RNN, PATCHES, Patch
-from hf_packfix.patches.patch import succeeds
-from hf_packfix.patches.targets import resolve
-from tests import drift
+from hf_packfix.engine.patch import Patch, succeeds
+from hf_packfix.engine.targets import resolve
+from hf_packfix.patches import FAST_RNN, PATCHES
 from tests.support.oracle import stock
+from tests.tools import drift
 
 pytestmark = pytest.mark.conformance
 
@@ -66,7 +66,7 @@ def test_every_state_is_the_expected_one():
     assert found == expected | {patch.target: "off" for patch in FAST_RNN}, str(hf_packfix.status())
 
 
-# --- tests/drift.py itself ------------------------------------------------------------------------------
+# --- tests/tools/drift.py itself ------------------------------------------------------------------------------
 
 
 def wheel_with(directory, change=lambda source: source):

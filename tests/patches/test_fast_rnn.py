@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 import hf_packfix
 from hf_packfix import HFPackfixWarning
 from hf_packfix.activation import environment
+from hf_packfix.engine.targets import resolve
 from hf_packfix.patches import FAST_RNN
-from hf_packfix.patches.targets import resolve
 from tests.support import interpreters
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from hf_packfix.patches import Patch, probe, transformers_trainer
+from hf_packfix.engine import probe
+from hf_packfix.engine.patch import Patch
+from hf_packfix.patches import transformers_trainer
 from tests.support.packed_sequences import META
 from tests.support.probed import PROBED, wrapper_of
 

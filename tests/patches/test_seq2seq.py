@@ -152,7 +152,7 @@ def test_a_step_without_generation_or_packed_sequences_is_the_original_s_alone(c
     given = []
     trainer = SimpleNamespace(args=SimpleNamespace(predict_with_generate=True), model=torch.nn.Linear(1, 1))
     arguments = (trainer, trainer.model, collate(rows(3)), loss_only)
-    patch.wrap(lambda *args: given.append(args))(*arguments)
+    patch.make(lambda *args: given.append(args), patch)(*arguments)
     ((*found,),) = given
     assert all(ours is theirs for ours, theirs in zip(found, arguments, strict=True))
 

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from hf_packfix.patches import FAST_RNN, PATCHES
-from tests.drift import state_here
 from tests.support.installed import ROOT, STARTUP_FILES, Environment, wheel
+from tests.tools.drift import state_here
 
 pytestmark = pytest.mark.slow  # starts many processes
 

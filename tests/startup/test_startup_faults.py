@@ -318,7 +318,7 @@ class Trainer:
 
 
 @pytest.mark.parametrize("first", ["torch", "transformers"])
-@pytest.mark.parametrize("name", ["packing/packed.py", "packing/trees.py", "patches/probe.py"])
+@pytest.mark.parametrize("name", ["packing/packed.py", "packing/trees.py", "engine/probe.py"])
 def test_a_file_that_is_needed_late(environment, name, first):
     """With torch after transformers it is an import hook that fails, again and again."""
     environment.write(f"hf_packfix/{name}", "def f(")

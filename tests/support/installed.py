@@ -31,7 +31,7 @@ def wheel() -> Path:
 def interpreters() -> dict[str, str]:
     """Return the Pythons 3.10 to 3.15 that are installed here, this one included, by version.
 
-    If ``HF_PACKFIX_TEST_PYTHON`` names an interpreter, return that one only; ``tests/pythons.py`` sets it.
+    If ``HF_PACKFIX_TEST_PYTHON`` names an interpreter, return that one only; ``tests/tools/pythons.py`` sets it.
     """
     if only := os.environ.get("HF_PACKFIX_TEST_PYTHON"):
         version = "import sys; print(*sys.version_info[:2], sep='.')"

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import hf_packfix
-from hf_packfix.patches import Patch, revert
-from tests.drift import state_here
+from hf_packfix.engine.patch import Patch, revert
 from tests.support.patched import patch_of
+from tests.tools.drift import state_here
 
 __all__ = ["pytest_pyfunc_call"]
 

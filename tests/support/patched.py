@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hf_packfix.patches import FAST_RNN, PATCHES, Patch
+from hf_packfix.engine.patch import Patch
+from hf_packfix.patches import FAST_RNN, PATCHES
 
 __all__ = ["patch_of"]
 

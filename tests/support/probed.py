@@ -6,9 +6,10 @@ from importlib import import_module
 from typing import Any
 
 import hf_packfix
-from hf_packfix.patches import PATCHES, Patch
-from hf_packfix.patches.targets import resolve
-from tests import drift
+from hf_packfix.engine.patch import Patch
+from hf_packfix.engine.targets import resolve
+from hf_packfix.patches import PATCHES
+from tests.tools import drift
 
 # What `get_batch_samples` has for a probe asks about the methods around it.
 PROBED = [

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 tests/support/third_party_deepspeed.py packed|padded FILE
 
-``tests/third_parties.py`` runs this in an environment of its own. Nothing here turns hf_packfix on: the variable
+``tests/tools/third_parties.py`` runs this in an environment of its own. Nothing here turns hf_packfix on: the variable
 ``HF_PACKFIX`` does, or does not. DeepSpeed takes the CPU if ``DS_ACCELERATOR=cpu``.
 """
 

@@ -2,8 +2,8 @@
 
     python tests/support/third_party_hooks.py packed|padded first|last [PACKAGE]
 
-``tests/third_parties.py`` runs this in environments of their own. With ``first``, the other package puts its hook in
-before anything else is imported, and the variable ``HF_PACKFIX`` turns hf_packfix on, or not. With ``last``,
+``tests/tools/third_parties.py`` runs this in environments of their own. With ``first``, the other package puts its
+hook in before anything else is imported, and the variable ``HF_PACKFIX`` turns hf_packfix on, or not. With ``last``,
 ``import hf_packfix`` comes before the hook, which then stands in front.
 """
 

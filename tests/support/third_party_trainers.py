@@ -2,7 +2,7 @@
 
     python tests/support/third_party_trainers.py packed|padded PROGRAM ...
 
-``tests/third_parties.py`` runs this in an environment of its own. Nothing here turns hf_packfix on: the variable
+``tests/tools/third_parties.py`` runs this in an environment of its own. Nothing here turns hf_packfix on: the variable
 ``HF_PACKFIX`` does, or does not. The models run a padded batch without packing it, so that the padded run shares no
 code with what is tested.
 """

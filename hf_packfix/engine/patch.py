@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from hf_packfix.patches.targets import (
+from hf_packfix.engine.targets import (
     Function,
     chain,
     exchange,
+    has,
     is_loaded,
     loaded_without,
     location,
@@ -18,14 +20,15 @@ from hf_packfix.patches.targets import (
     resolve,
 )
 
-__all__ = ["Function", "Group", "Patch", "PatchStatus", "State", "apply", "revert", "succeeds"]
-
 #: When a patch is applied: by every ``enable()``, if its keyword or variable asks for it, or while another is pending.
 Group = Literal["default", "fast_rnn", "first_use"]
 State = Literal["applied", "pending", "not-needed", "not-applicable", "refused", "off"]
 
 #: The attribute of a wrapper that holds its patch: how a second copy of this package finds the first one's.
 _ATTRIBUTE = "_hf_packfix_patch"
+
+#: By target, the patches that are missing and without which a Trainer computes wrong numbers silently.
+_unsafe: dict[str, Patch] = {}
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class PatchStatus:
         fix: what the patch does instead.
         state: ``applied``; ``pending`` (the module is not loaded yet, or torch is not); ``not-needed`` (upstream
             supports PackedSequence there); ``not-applicable`` (this version has no such function); ``refused`` (the
-            function is not what it was when the patch was written); ``off`` (hf_packfix is not enabled).
+            function, or a name that the patch uses, is not what it was when the patch was written); ``off``
+            (hf_packfix is not enabled).
         detail: more on the state, such as why a patch was refused; may be empty.
     """
 
@@ -67,6 +71,7 @@ class _Layer(NamedTuple):
     wrapper: Function
 
 
+@dataclass(eq=False, repr=False)
 class Patch:
     """A wrapper around one function or method of another package, applied in place and reversible.
 
@@ -76,12 +81,19 @@ class Patch:
 
     Attributes:
         target: ``module:path`` of what is wrapped.
+        make: makes the wrapper from the original and the patch.
         problem: what upstream does there, in a line.
         fix: what the patch does instead, in a line.
         parameters: the names that the target's parameters must start with.
+        knows: the parameters that the wrapper knows; None if it passes on any others itself.
+        uses: every other name of upstream that the wrapper reads, as ``module:path`` or a path in the target's module:
+            a function, a class, or an attribute of a class or of its instances. If one is missing, the patch is
+            refused.
         upstream_supports: given the function as found upstream, returns whether it supports PackedSequence already, by
             a call on a tiny one on the CPU; an exception counts as no. None if no call can tell.
-        since: the first release that has the target; None if all supported ones do.
+        silent: when a Trainer without the patch computes wrong numbers from packed batches, and raises no error. If
+            the patch is missing, packed batches raise then.
+        since: the first release of the target's package that has the target; None if all supported ones do.
         until: the first release that needs no patch there; None if all do.
         issue: the upstream issue or pull request about the problem; None if there is none.
         group: when it is applied.
@@ -90,50 +102,24 @@ class Patch:
         unknown: parameters of the target that the wrapper does not know, and passes on.
     """
 
-    def __init__(
-        self,
-        target: str,
-        make: Callable[[Function, Patch], Function],
-        *,
-        problem: str,
-        fix: str,
-        parameters: tuple[str, ...],
-        knows: tuple[str, ...] | None = None,
-        upstream_supports: Callable[[Function], bool] | None = None,
-        since: str | None = None,
-        until: str | None = None,
-        issue: str | None = None,
-        group: Group = "default",
-    ) -> None:
-        """Describe a patch; ``declare.py`` has the decorators that do.
+    target: str
+    make: Callable[[Function, Patch], Function]
+    problem: str
+    fix: str
+    parameters: tuple[str, ...]
+    knows: tuple[str, ...] | None = None
+    uses: tuple[str, ...] = ()
+    upstream_supports: Callable[[Function], bool] | None = None
+    silent: Literal["training", "evaluation", "always"] | None = None
+    since: str | None = None
+    until: str | None = None
+    issue: str | None = None
+    group: Group = "default"
+    active: bool = field(default=False, init=False)
+    unknown: tuple[str, ...] = field(default=(), init=False)
 
-        Args:
-            target: see the attributes, as for the others.
-            make: makes the wrapper from the original and the patch.
-            problem: see above.
-            fix: see above.
-            parameters: see above.
-            knows: the parameters that the wrapper knows; None if it passes on any others itself.
-            upstream_supports: see above.
-            since: see above.
-            until: see above.
-            issue: see above.
-            group: see above.
-        """
-        self.target = target
-        self.module, self.path = target.split(":")
-        self.problem = problem
-        self.fix = fix
-        self.parameters = parameters
-        self.upstream_supports = upstream_supports
-        self.since = since
-        self.until = until
-        self.issue = issue
-        self.group = group
-        self.active = False
-        self.unknown: tuple[str, ...] = ()
-        self._make = make
-        self._knows = knows
+    def __post_init__(self) -> None:
+        self.module, self.path = self.target.split(":")
         # All that were ever applied: after a reload the old class lives on in its subclasses, and third-party code may
         # put back a wrapper that it removed.
         self._layers: list[_Layer] = []
@@ -164,9 +150,23 @@ class Patch:
         """Whether the target was not examined yet, since its module was not loaded."""
         return self._verdict[0] == "pending"
 
-    def wrap(self, original: Function) -> Function:
-        """Return the wrapper of a function, without applying it."""
-        return self._make(original, self)
+    def deviation(self, status: PatchStatus | None = None) -> str:
+        """Return how upstream differs from what the patch expects, and what that means; empty if it does not.
+
+        Args:
+            status: of the patch; by default, what was found when it was applied.
+        """
+        state, detail = (status.state, status.detail) if status else self._verdict
+        version = getattr(sys.modules.get(self.module.partition(".")[0]), "__version__", None)
+        if state == "refused" or (state == "not-applicable" and self.expected_on(version)):
+            return f"hf_packfix does not patch {self.target}: {detail}. Without the patch, it {self.problem}"
+        if state == "applied" and self.unknown:
+            return (
+                f"hf_packfix patches {self.target}, which has parameters that it does not know: expected "
+                f"({', '.join(self.parameters)}), found ({', '.join(self.unknown)}) as well. They are passed on, but "
+                f"have no effect on a PackedSequence"
+            )
+        return ""
 
     def status(self, enabled: bool) -> PatchStatus:
         """Return the state of the patch, read from the target as it is now."""
@@ -193,8 +193,14 @@ class Patch:
     def _status(self, state: State, detail: str = "") -> PatchStatus:
         return PatchStatus(self.target, self.problem, self.fix, state, detail)
 
-    def _examine(self) -> tuple[State, str]:
-        """Return the state that applying the patch leads to; if "applied", its wrapper is the newest layer."""
+    def examine(self) -> None:
+        """Find the state that applying the patch leads to; if "applied", its wrapper is the newest layer."""
+        self._verdict = self._examined()
+        _unsafe.pop(self.target, None)
+        if self.silent and self._verdict[0] != "applied" and self.deviation():
+            _unsafe[self.target] = self
+
+    def _examined(self) -> tuple[State, str]:
         if not is_loaded(self.module):
             if loaded_without(self.module):
                 return "not-applicable", f"there is no module {self.module} here"
@@ -214,6 +220,9 @@ class Patch:
         found = parameters_of(current)
         if found[: len(self.parameters)] != self.parameters:
             return "refused", f"expected the parameters ({', '.join(self.parameters)}), found ({', '.join(found)})"
+        missing = [name for name in self.uses if not has(self.module, name)]
+        if missing:
+            return "refused", f"it needs {' and '.join(missing)}, not found here"
         wrapper = functools.wraps(current)(self._passing_on_unknown(current, found))
         setattr(wrapper, _ATTRIBUTE, self)
         self._layers.append(_Layer(owner, current, wrapper))
@@ -221,7 +230,7 @@ class Patch:
 
     def _passing_on_unknown(self, original: Function, found: tuple[str, ...]) -> Function:
         """Return the wrapper of a function with these parameters, some of which a later release may have added."""
-        wrapper, known = self.wrap(original), self._knows
+        wrapper, known = self.make(original, self), self.knows
         self.unknown = () if known is None else tuple(name for name in found if name not in known)
         if known is None or not self.unknown:
             return wrapper
@@ -235,7 +244,7 @@ class Patch:
             def passing_them_on(*args: Any, **kwargs: Any) -> Any:
                 return original(*args, *added, **kwargs, **named)
 
-            return self.wrap(passing_them_on)(*args[: len(known)], **kwargs)
+            return self.make(passing_them_on, self)(*args[: len(known)], **kwargs)
 
         return with_unknown_parameters
 
@@ -276,7 +285,7 @@ def apply(patches: Iterable[Patch]) -> None:
     """Wrap the targets of patches, unless they are wrapped, missing, changed, or right as they are."""
     examined = list(patches)
     for patch in examined:
-        patch._verdict = patch._examine()
+        patch.examine()
     layers = []
     for patch in examined:
         # Before the wrapper is visible: another thread may call it at once.
@@ -291,8 +300,26 @@ def revert(patches: Iterable[Patch]) -> None:
     layers = []
     for patch in patches:
         patch.active = False
+        _unsafe.pop(patch.target, None)
         layers += [(layer.owner, patch.path, layer.wrapper, layer.original) for layer in reversed(patch._layers)]
     exchange(layers)
+
+
+def raise_if_unsafe(*, evaluates: bool) -> None:
+    """Raise if a patch is missing without which a packed batch would give wrong numbers silently.
+
+    Args:
+        evaluates: whether an evaluation loop runs; otherwise the batch may be one of a training.
+
+    Raises:
+        RuntimeError: naming what differs upstream.
+    """
+    for patch in _unsafe.values():
+        if patch.silent in ("always", "evaluation" if evaluates else "training"):
+            raise RuntimeError(
+                f"a packed batch would give wrong numbers here. {patch.deviation()}. Upgrade hf_packfix, or install a "
+                f"release that it was tested with (hf-packfix docs versions), or collate padded tensors"
+            )
 
 
 def succeeds(probe: Callable[[Function], bool], function: Function) -> bool:

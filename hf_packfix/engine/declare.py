@@ -1,7 +1,8 @@
 """How a patch is declared: a decorator on the function that does the work.
 
 ``@around``
-    The function is called instead of the original. For anything.
+    The function is called instead of the original, if there is a PackedSequence in the arguments. ``when`` names
+    another condition.
 ``@on_leaf``
     The function returns the answer for one PackedSequence, the first argument. For originals that call themselves by
     their global name for what is nested.
@@ -12,24 +13,25 @@
     The function makes the wrapper. For the hottest ones.
 
 The function gets the original first, then the arguments of the call. It runs only while the patch is active. All four
-decorators return the function as it is and take the same keywords, those of :class:`hf_packfix.patches.patch.Patch`.
+decorators return the function as it is and take the same keywords, those of :class:`hf_packfix.engine.patch.Patch`.
+
+A call without a PackedSequence reads nothing of upstream before it reaches the original: no change of upstream can
+break it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
-from hf_packfix.patches.lazily import packed, trees
-from hf_packfix.patches.patch import Function, Group, Patch
+from hf_packfix.engine.lazily import packing
+from hf_packfix.engine.patch import Group, Patch
+from hf_packfix.engine.targets import Function
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-__all__ = ["around", "check_declarations", "declared", "hand_made", "on_every_packed", "on_leaf"]
 
 F = TypeVar("F", bound=Function)
 
@@ -41,9 +43,11 @@ class _Required(TypedDict):
 
 
 class Declaration(_Required, total=False):
-    """The keywords of every decorator; see :class:`hf_packfix.patches.patch.Patch`."""
+    """The keywords of every decorator; see :class:`hf_packfix.engine.patch.Patch`."""
 
+    uses: tuple[str, ...]
     upstream_supports: Callable[[Function], bool]
+    silent: Literal["training", "evaluation", "always"]
     since: str
     until: str
     issue: str
@@ -51,7 +55,9 @@ class Declaration(_Required, total=False):
 
 
 _declared: dict[str, Patch] = {}
-_files: set[str] = set()
+
+#: The modules that declare a patch.
+files: set[str] = set()
 
 
 def declared(group: Group) -> tuple[Patch, ...]:
@@ -59,22 +65,35 @@ def declared(group: Group) -> tuple[Patch, ...]:
     return tuple(patch for patch in _declared.values() if patch.group == group)
 
 
-def check_declarations(files: Iterable[ModuleType]) -> None:
-    """Raise if a file that was imported for its patches declared none, as an empty one of a damaged installation.
+def is_active(target: str) -> bool:
+    """Return whether the patch of a target acts."""
+    return _declared[target].active
 
-    Raises:
-        ImportError: naming the file.
+
+def holds_packed(*args: Any, **kwargs: Any) -> bool:
+    """Return whether there is a PackedSequence in the arguments of a call."""
+    return packing.contains(args) or (bool(kwargs) and packing.contains(kwargs))
+
+
+def always(*args: Any, **kwargs: Any) -> bool:
+    """Return True: for functions that only note that they are called."""
+    return True
+
+
+def around(
+    target: str, *, when: Callable[..., bool] = holds_packed, **declaration: Unpack[Declaration]
+) -> Callable[[F], F]:
+    """Declare a patch whose function is called instead of the original, ``function(original, *arguments)``.
+
+    Args:
+        target: ``module:path`` of the function.
+        when: given the arguments of a call, returns whether the function is called. It may look at their types and at
+            what is ours, at nothing of upstream.
+        declaration: the keywords of every decorator.
     """
-    for file in files:
-        if file.__name__ not in _files:
-            raise ImportError(f"{file.__name__} declares no patch: install hf_packfix again")
-
-
-def around(target: str, **declaration: Unpack[Declaration]) -> Callable[[F], F]:
-    """Declare a patch whose function is called instead of the original, ``function(original, *arguments)``."""
 
     def declare(function: F) -> F:
-        return _declare(target, partial(_around, function), function, declaration)
+        return _declare(target, partial(_around, function, when), function, declaration)
 
     return declare
 
@@ -117,8 +136,7 @@ def hand_made(target: str, **declaration: Unpack[Declaration]) -> Callable[[F], 
     """
 
     def declare(make: F) -> F:
-        _register(Patch(target, make, knows=declaration["parameters"], **declaration), make)
-        return make
+        return _register(Patch(target, make, knows=declaration["parameters"], **declaration), make)
 
     return declare
 
@@ -126,20 +144,20 @@ def hand_made(target: str, **declaration: Unpack[Declaration]) -> Callable[[F], 
 def _declare(target: str, make: Callable[[Function, Patch], Function], function: F, declaration: Declaration) -> F:
     arguments = list(inspect.signature(function).parameters.values())[1:]
     open_ended = any(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in arguments)
-    # The first one may have a name of its own, such as `leaf`.
+    # The first one may have a name of its own, such as `packed`.
     names = (declaration["parameters"][0], *(parameter.name for parameter in arguments[1:]))
-    _register(Patch(target, make, knows=None if open_ended else names, **declaration), function)
+    return _register(Patch(target, make, knows=None if open_ended else names, **declaration), function)
+
+
+def _register(patch: Patch, function: F) -> F:
+    _declared[patch.target] = patch
+    files.add(function.__module__)
     return function
 
 
-def _register(patch: Patch, function: Function) -> None:
-    _declared[patch.target] = patch
-    _files.add(function.__module__)
-
-
-def _around(function: Function, original: Function, patch: Patch) -> Function:
+def _around(function: Function, when: Callable[..., bool], original: Function, patch: Patch) -> Function:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if patch.active:
+        if patch.active and when(*args, **kwargs):
             return function(original, *args, **kwargs)
         return original(*args, **kwargs)
 
@@ -155,10 +173,10 @@ def _on_leaf(function: Function, rebuilds_named_tuples: bool, original: Function
             return original(*args, **kwargs)
         others = args[1:]
         kwargs.pop(name, None)
-        if isinstance(leaf, packed.PackedSequence):
+        if packing.is_packed(leaf):
             return function(original, leaf, *others, **kwargs)
-        if rebuilds_named_tuples and trees.is_namedtuple(leaf):
-            return trees.rebuild(leaf, [wrapper(item, *others, **kwargs) for item in leaf])
+        if rebuilds_named_tuples and packing.is_namedtuple(leaf):
+            return packing.rebuild(leaf, [wrapper(item, *others, **kwargs) for item in leaf])
         return original(leaf, *others, **kwargs)
 
     return wrapper
@@ -169,15 +187,11 @@ def _on_every_packed(function: Function, original: Function, patch: Patch) -> Fu
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         tree = args[0] if args else kwargs.get(name)
-        if not (patch.active and trees.contains(tree)):
+        if not (patch.active and packing.contains(tree)):
             return original(*args, **kwargs)
         others = args[1:]
         kwargs.pop(name, None)
-
-        def answer(leaf: Any, _: Any) -> Any:
-            return function(original, leaf, *others, **kwargs)
-
-        rest = original(trees.map_packed(lambda leaf: (), tree), *others, **kwargs)
-        return trees.merge_packed(answer, tree, rest)
+        rest = original(packing.map_packed(lambda packed: (), tree), *others, **kwargs)
+        return packing.merge_packed(lambda packed, _: function(original, packed, *others, **kwargs), tree, rest)
 
     return wrapper

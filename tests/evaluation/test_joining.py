@@ -1,10 +1,10 @@
-"""Keeping an evaluation flat: the arrays are those that stock concatenates, to the last bit."""
+"""Joining the batches of a packed evaluation once: the arrays are those that stock concatenates, to the last bit."""
 
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import transformers.trainer_pt_utils as pt_utils
@@ -12,10 +12,9 @@ from accelerate.utils import operations
 from torch.nn.utils.rnn import pack_sequence
 from transformers.trainer_pt_utils import EvalLoopContainer
 
-from hf_packfix.packing import evaluation
+from hf_packfix import evaluation
 from hf_packfix.patches import accelerate_utils_operations
 from tests.support.oracle import Tagger, new_trainer, packed_batch, padded_batch, rows, stock
-from tests.support.patched import patch_of
 from tests.support.reports import assert_same_report, assert_same_tree, report
 
 LENGTHS = [[3, 1], [1, 1, 1], [2, 7], [7], [4, 6, 5]]
@@ -37,22 +36,15 @@ def padded_tensors(tree: Any) -> Any:
     return operations.pad_across_processes(tree, dim=1, pad_index=-100)
 
 
-def collect(trees: list[Any], to_cpu_after: tuple[int, ...] = (), **options: Any) -> Any:
-    container = EvalLoopContainer(**options)
-    for number, tree in enumerate(trees):
-        container.add(tree)
-        if number in to_cpu_after:
-            container.to_cpu_and_numpy()
-    return container.get_arrays()
-
-
-def forgetful(tree: Any) -> Any:
-    """Return the same tensors, which remember nothing."""
-    if isinstance(tree, torch.Tensor):
-        return tree.clone()
-    if isinstance(tree, dict):
-        return {key: forgetful(value) for key, value in tree.items()}
-    return type(tree)(map(forgetful, tree))
+def collect(trees: list[Any], to_cpu_after: tuple[int, ...] = (), *, packed: bool = True, **options: Any) -> Any:
+    """Return the arrays of a container, in an evaluation loop that has met a packed batch, or has not."""
+    with evaluation.running(evaluation.Loop(packed=packed)):
+        container = EvalLoopContainer(**options)
+        for number, tree in enumerate(trees):
+            container.add(tree)
+            if number in to_cpu_after:
+                container.to_cpu_and_numpy()
+        return container.get_arrays()
 
 
 @pytest.fixture
@@ -71,17 +63,17 @@ def concatenations(monkeypatch) -> list[int]:
 
 
 @pytest.mark.needs_patch("transformers.trainer_pt_utils:EvalLoopContainer.add")
-def test_nothing_is_padded_before_the_arrays_are_asked_for():
+def test_batches_are_kept_apart_until_the_arrays_are_asked_for():
     trees = list(map(padded_tensors, batches()))
-    container = EvalLoopContainer()
-    # On a GPU this frees memory; here, it is asked for at all.
-    with mock.patch.object(evaluation.EvaluationBuffer, "to_cpu", autospec=True) as to_cpu:
-        for tree in trees:
+    with evaluation.running(evaluation.Loop(packed=True)):
+        container = EvalLoopContainer()
+        for number, tree in enumerate(trees):
             container.add(tree)
-            container.to_cpu_and_numpy()
-            assert container.tensors is container.arrays is None
-    assert to_cpu.call_count == len(trees)
-    assert container.get_arrays()[0].shape == (11, 7, 2)
+            if number == 1:
+                container.to_cpu_and_numpy()  # frees the memory of a device
+        assert [array.shape[0] for array, _ in container.arrays] == [2, 3]
+        assert [tensor.shape[0] for tensor, _ in container.tensors] == [2, 1, 3]
+        assert container.get_arrays()[0].shape == (11, 7, 2)
 
 
 @pytest.mark.parametrize("to_cpu_after", [(), (0,), (1, 3), (4,), (0, 1, 2, 3, 4)])
@@ -99,14 +91,14 @@ def test_the_arrays_are_those_of_stock(concatenations, to_cpu_after, dtype, trai
         assert not concatenations
     with stock():
         index = 1 if dtype in (torch.bool, torch.uint8) else -100
-        expected = collect([forgetful(tree) for tree in padded], to_cpu_after, padding_index=index)
+        expected = collect(padded, to_cpu_after, padding_index=index)
     assert_same_tree(found, expected)
 
 
 def test_packs_that_nobody_padded(concatenations):
     found = collect(batches())
     with stock():
-        expected = collect([forgetful(tree) for tree in map(padded_by_stock, batches())])
+        expected = collect(list(map(padded_by_stock, batches())))
     assert_same_tree(found, expected)
 
 
@@ -115,30 +107,12 @@ def padded_by_stock(tree: Any) -> Any:
     return torch.nn.utils.rnn.pad_packed_sequence(packed, batch_first=True, padding_value=-100)[0], rest
 
 
-# The last two go past the version counter.
-@pytest.mark.parametrize(
-    "write", [lambda t: t, lambda t: t.data, lambda t: t.numpy()], ids=["in place", "data", "numpy"]
-)
-def test_a_padded_tensor_that_was_changed_in_place_is_taken_as_it_is(write):
-    def changed(tree):
-        padded, rest = padded_tensors(tree)
-        write(padded)[:, -1] = 77  # behind the end of most rows
-        return padded, rest
-
-    trees = list(map(changed, batches()))
-    found = collect(trees)
-    with stock():
-        expected = collect([forgetful(tree) for tree in trees])
-    assert_same_tree(found, expected)
-    assert (found[0] == 77).any()
-
-
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_scalar_beside_packed_sequences(count):
     trees = [(padded_tensors(packed), torch.tensor(float(n))) for n, (packed, _) in enumerate(batches()[:count])]
     found = collect(trees)
     with stock():
-        expected = collect([forgetful(tree) for tree in trees])
+        expected = collect(trees)
     assert_same_tree(found, expected)
     assert found[1].shape == (() if count == 1 else (count,))
 
@@ -184,36 +158,19 @@ def test_memory_that_is_used_again_for_the_next_batch(tmp_path):
     assert (found.predictions[real] == expected[real]).all()
 
 
-def test_batches_before_the_first_packed_one_are_kept():
+@pytest.mark.parametrize("to_cpu_after", [(), (0,), (1,)])
+def test_batches_before_the_first_packed_one_are_kept(to_cpu_after):
     trees = [padded_tensors(tree) for tree in batches()]
-    with evaluation.evaluation_loop():
+    with evaluation.running(evaluation.Loop()) as loop:
         container = EvalLoopContainer()
         for number, tree in enumerate(trees):
-            if number == 2:
-                evaluation.note_packed()
-            container.add(forgetful(tree))
+            loop.packed = number >= 2
+            container.add(tree)
+            if number in to_cpu_after:
+                container.to_cpu_and_numpy()
         found = container.get_arrays()
     with stock():
-        expected = collect([forgetful(tree) for tree in trees])
-    assert_same_tree(found, expected)
-
-
-@pytest.mark.parametrize("plain", [{0}, {2}, {4}, {1, 3}])
-def test_padded_tensors_that_remember_nothing_in_between(plain):
-    trees = [padded_tensors(tree) for tree in batches()]
-    mixed = [forgetful(tree) if number in plain else tree for number, tree in enumerate(trees)]
-    found = collect(mixed)
-    with stock():
-        expected = collect([forgetful(tree) for tree in trees])
-    assert_same_tree(found, expected)
-
-
-@pytest.mark.parametrize("count", [1, len(LENGTHS)])
-def test_padded_tensors_that_remember_nothing_beside_others(count):
-    trees = [padded_tensors(tree) for tree in batches()[:count]]
-    found = collect([{"kept flat": tree, "as it is": forgetful(tree)} for tree in trees])
-    with stock():
-        expected = collect([{"kept flat": forgetful(tree), "as it is": forgetful(tree)} for tree in trees])
+        expected = collect(trees, to_cpu_after)
     assert_same_tree(found, expected)
 
 
@@ -223,7 +180,7 @@ def test_without_concatenation_the_batches_stay_apart():
 
 
 def test_ordinary_batches_take_the_original_path(concatenations):
-    collect([forgetful(padded_tensors(tree)) for tree in batches()])
+    collect([padded_tensors(tree) for tree in batches()], packed=False)
     assert concatenations
 
 
@@ -244,70 +201,25 @@ def test_inference_mode(tmp_path):
     assert_same_report(found, expected)
 
 
-def test_what_a_padded_tensor_remembers():
-    lengths = torch.tensor([2, 1])
-    padded = evaluation.with_lengths(torch.zeros(2, 2), lengths)
-    plain = torch.zeros(2, 2)
-    assert evaluation.lengths_of(padded) is lengths
-    assert evaluation.has_lengths(padded) is True
-    for other in (plain, padded.clone(), "text", None):
-        assert evaluation.has_lengths(other) is False
-        assert evaluation.lengths_of(other) is None
-    for wrap in (lambda leaf: leaf, lambda leaf: [0, leaf], lambda leaf: {"a": None, "b": (leaf,)}):
-        assert evaluation.any_has_lengths(wrap(padded)) is True
-        assert evaluation.any_has_lengths(wrap(plain)) is False
-    padded[0, 0] = 1
-    assert evaluation.has_lengths(padded) is True
-    assert evaluation.lengths_of(padded) is None
-    assert evaluation.any_has_lengths([padded]) is False
-
-
-@pytest.mark.parametrize("changed", [False, True])
-def test_gathering_lengths_with_another_process(monkeypatch, changed):
-    sent = []
-
-    def from_two_processes(tree: Any) -> Any:  # what the other sends is what this one sends, twice
-        if isinstance(tree, torch.Tensor):
-            sent.append(tree)
-            return torch.cat([tree, tree])
-        return {key: from_two_processes(value) for key, value in tree.items()}
-
-    patch = patch_of("accelerate.utils.operations:gather")
-    monkeypatch.setattr(patch, "active", True)
-    padded = evaluation.with_lengths(torch.tensor([[1, 2], [3, -100]]), torch.tensor([2, 1]))
-    if changed:
-        padded += 1
-    tree = {"padded": padded, "numbers": torch.tensor([7, 8])}
-    found = patch.wrap(from_two_processes)(tree)
-    assert torch.equal(found["padded"], torch.cat([padded, padded]))
-    assert found["numbers"].tolist() == [7, 8, 7, 8]
-    assert evaluation.lengths_of(found["numbers"]) is None
-    # Lengths are sent even where they are not known any more: the others wait for them.
-    assert (len(sent), sent[-1].dtype, sent[-1].shape) == (3, torch.int64, (2,))
-    if changed:
-        assert sent[-1].tolist() == [-1, -1]
-        assert evaluation.lengths_of(found["padded"]) is None
-    else:
-        assert evaluation.lengths_of(found["padded"]).tolist() == [2, 1, 2, 1]
-
-
 @pytest.mark.parametrize("shapes", [[(3,), (1,)], [(1,), (3,)], [(), (1,)]], ids=str)
-@pytest.mark.parametrize("forgotten", ["none", "second", "both"])
-def test_batches_that_differ_in_their_features_are_not_broadcast(shapes, forgotten):
+@pytest.mark.parametrize("to_cpu_after", [(), (0,)])
+def test_batches_that_differ_in_their_features_are_not_broadcast(shapes, to_cpu_after):
     # One step, which fits into any other.
-    pieces = [pack_sequence([torch.ones(1 + number, *shape)]) for number, shape in enumerate(shapes)]
-    first, second = map(padded_tensors, pieces)
-    first = forgetful(first) if forgotten == "both" else first
-    second = second if forgotten == "none" else forgetful(second)
+    trees = [padded_tensors(pack_sequence([torch.ones(1 + n, *shape)])) for n, shape in enumerate(shapes)]
+    with pytest.raises(ValueError, match=r"batch 1 .* batches can be joined only if their steps have one shape"):
+        collect(trees, to_cpu_after)
 
-    def join():
-        batches = evaluation.EvaluationBuffer(-100)
-        batches.add(first)
-        batches.add(second)
-        return batches.merge()
 
-    with pytest.raises(ValueError, match="batches can be joined only if their steps have one shape"):
-        join()
+def test_batches_that_differ_in_their_outputs_are_named():
+    with pytest.raises(ValueError, match="2 tensors in batch 1 of the evaluation, but 1 in batch 0"):
+        collect([(torch.ones(2),), (torch.ones(2), torch.ones(2))])
+
+
+def test_joining_frees_each_piece_as_it_is_copied():
+    pieces = [np.ones((2, n, 3), np.float32) for n in (2, 5, 3)]
+    held = list(pieces)
+    assert evaluation.join(held, -100).shape == (6, 5, 3)
+    assert held == []
 
 
 def test_bytes_are_gathered_in_a_dtype_that_can_be_sent():
@@ -317,30 +229,28 @@ def test_bytes_are_gathered_in_a_dtype_that_can_be_sent():
         sent.append(tree)
         return torch.cat([tree, tree])
 
-    padded = evaluation.with_lengths(torch.tensor([[1, 200], [3, -100]], dtype=torch.int16), torch.tensor([2, 1]))
+    padded = torch.tensor([[1, 200], [3, -100]], dtype=torch.int16)
     found = accelerate_utils_operations.gather(from_two_processes, padded)
     assert sent[0].dtype == torch.int32
     assert found.dtype == torch.int16
     assert torch.equal(found, torch.cat([padded, padded]))
-    assert evaluation.lengths_of(found).tolist() == [2, 1, 2, 1]
-    assert accelerate_utils_operations.gather(lambda tree: tree, padded) is padded  # in a single process
+    assert torch.equal(accelerate_utils_operations.gather(lambda tree: tree, padded), padded)  # in a single process
 
 
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_container_gives_all_it_holds_after_disabling(moved):
-    def padded_tensors() -> list[Any]:
-        return [operations.pad_across_processes(batch[0], dim=1, pad_index=-100) for batch in batches()]
-
-    expected, found = EvalLoopContainer(padding_index=-100), EvalLoopContainer(padding_index=-100)
-    for padded in padded_tensors():
-        expected.add(padded.clone())
-    *before, last = padded_tensors()
-    for padded in before:
-        found.add(padded)
-    with stock():
-        found.add(last)
-        if moved:
-            found.to_cpu_and_numpy()
-        arrays = found.get_arrays()
-        assert vars(found).keys() == vars(expected).keys()
-    assert_same_tree(arrays, expected.get_arrays())
+    trees = [padded_tensors(tree) for tree in batches()]
+    with evaluation.running(evaluation.Loop(packed=True)):
+        found = EvalLoopContainer()
+        for tree in trees[:-1]:
+            found.add(tree)
+        with stock():
+            found.add(trees[-1])
+            if moved:
+                found.to_cpu_and_numpy()
+            arrays = found.get_arrays()
+            expected = EvalLoopContainer()
+            for tree in trees:
+                expected.add(tree)
+            assert_same_tree(arrays, expected.get_arrays())
+            assert vars(found).keys() == vars(expected).keys()

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
-
-__all__ = [
-    "Function",
-    "chain",
-    "exchange",
-    "is_loaded",
-    "loaded_without",
-    "location",
-    "parameters_of",
-    "resolve",
-]
 
 Function = Callable[..., Any]
 
@@ -53,6 +43,43 @@ def resolve(module: str, path: str) -> tuple[Any, Function | None]:
     # From the owner's own namespace: an inherited method is another patch's target, and `getattr` on a class would
     # bind descriptors.
     return owner, vars(owner).get(name)
+
+
+def has(module: str, name: str) -> bool:
+    """Return whether upstream has a name that a patch uses.
+
+    Args:
+        module: of the target.
+        name: ``module:path``, or a path in that module. The last part of a path in a class may be an attribute of its
+            instances: one that the code of the class, or of a parent, names.
+    """
+    where, _, path = name.rpartition(":")
+    owner: Any = sys.modules.get(where or module)
+    if owner is None:  # not loaded, and not to be loaded for this
+        return importlib.util.find_spec(where) is not None
+    *outer, last = path.split(".")
+    for part in outer:
+        owner = getattr(owner, "__dict__", {}).get(part)
+    return last in (_names_in(owner) if isinstance(owner, type) else getattr(owner, "__dict__", {}))
+
+
+@functools.lru_cache(maxsize=32)
+def _names_in(cls: type) -> frozenset[str]:
+    """Return the attributes of a class, and every name in the code of its methods."""
+    names: set[str] = set()
+    for base in cls.__mro__[:-1]:
+        names |= vars(base).keys() | vars(base).get("__annotations__", {}).keys()
+        for value in vars(base).values():
+            for function in (value, *(getattr(value, part, None) for part in ("__func__", "fget", "fset"))):
+                # The innermost: our own wrappers name what they use.
+                *_, innermost = [None, *chain(function)]
+                codes = [getattr(innermost, "__code__", None)]
+                while codes:
+                    code = codes.pop()
+                    if isinstance(code, types.CodeType):
+                        names.update(code.co_names)
+                        codes += code.co_consts
+    return frozenset(names)
 
 
 def exchange(changes: Iterable[tuple[Any, str, Function, Function]]) -> None:

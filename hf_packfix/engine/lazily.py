@@ -1,7 +1,7 @@
 """Modules for the patches, imported when first used.
 
 ``status()`` lists every patch in a process that has loaded neither torch nor transformers, so a patch file must not
-import them. It gets them from here instead: ``from hf_packfix.patches.lazily import packed, torch``.
+import them. It gets them from here instead: ``from hf_packfix.engine.lazily import packing, torch``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import types
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-__all__ = ["evaluation", "jagged", "packed", "rnn", "torch", "trees"]
 
 
 class _LazyModule(types.ModuleType):
@@ -26,15 +24,11 @@ class _LazyModule(types.ModuleType):
 if TYPE_CHECKING:
     import torch as torch
 
+    from hf_packfix import evaluation as evaluation
+    from hf_packfix import packing as packing
     from hf_packfix import rnn as rnn
-    from hf_packfix.packing import evaluation as evaluation
-    from hf_packfix.packing import jagged as jagged
-    from hf_packfix.packing import packed as packed
-    from hf_packfix.packing import trees as trees
 else:
-    torch = _LazyModule("torch")
+    evaluation = _LazyModule("hf_packfix.evaluation")
+    packing = _LazyModule("hf_packfix.packing")
     rnn = _LazyModule("hf_packfix.rnn")
-    evaluation = _LazyModule("hf_packfix.packing.evaluation")
-    jagged = _LazyModule("hf_packfix.packing.jagged")
-    packed = _LazyModule("hf_packfix.packing.packed")
-    trees = _LazyModule("hf_packfix.packing.trees")
+    torch = _LazyModule("torch")

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hf_packfix.patches.declare import Declaration, around
-from hf_packfix.patches.patch import Function
-
-__all__ = ["call_before"]
+from hf_packfix.engine.declare import Declaration, always, around, declared
+from hf_packfix.engine.patch import Patch
+from hf_packfix.engine.targets import Function
 
 #: Called before the original; ``hf_packfix.activation`` sets it.
 before: Callable[[], None] = lambda: None  # noqa: E731
@@ -26,9 +25,12 @@ _DECLARATION: Declaration = {
 }
 
 
-@around("torch.utils.data.dataloader:DataLoader.__init__", **_DECLARATION)
-@around("accelerate.accelerator:Accelerator.__init__", **_DECLARATION)
+@around("torch.utils.data.dataloader:DataLoader.__init__", when=always, **_DECLARATION)
+@around("accelerate.accelerator:Accelerator.__init__", when=always, **_DECLARATION)
 def call_before(original: Function, self: Any, *args: Any, **kwargs: Any) -> None:
     """Call :data:`before`, then the original."""
     before()
     original(self, *args, **kwargs)
+
+
+FIRST_USE: tuple[Patch, ...] = declared("first_use")

@@ -1,6 +1,6 @@
 """Run the start-up tests, or the conformance tests, on any Python interpreter.
 
-    python tests/pythons.py INTERPRETER [--part startup|conformance] [--with REQUIREMENT ...] [--cache DIR]
+    python -m tests.tools.pythons INTERPRETER [--part startup|conformance] [--with REQUIREMENT ...] [--cache DIR]
 
 INTERPRETER is a path or a command, such as ``python3.15``; its ``venv`` module must work. pytest runs on that
 interpreter, in a virtual environment that is kept for the next run; any interpreter will do, such as one of a
@@ -21,7 +21,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 #: Where the virtual environments are by default.
 CACHE = Path(tempfile.gettempdir()) / "hf_packfix_pythons"

@@ -1,6 +1,6 @@
 """Run the behavioural tests on every pair of transformers and accelerate that is supported.
 
-    python tests/matrix.py [VERSION ...] [--pre] [--part behaviour|conformance] [--cache DIR] [--jobs N]
+    python -m tests.tools.matrix [VERSION ...] [--pre] [--part behaviour|conformance] [--cache DIR] [--jobs N]
 
 The pairs are those of ``activation/versions.py``; VERSION names one by its transformers. ``newest`` is what pip
 resolves today, with ``--pre`` pre-releases as well. Each pair gets a folder that pip fills once, and ``newest`` one
@@ -28,9 +28,8 @@ from xml.etree import ElementTree
 
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 os.environ["HF_PACKFIX"] = "0"  # `versions` is all that is needed of the package here
-sys.path.insert(0, str(ROOT))
 
 from hf_packfix.activation.versions import TESTED  # noqa: E402
 
@@ -227,7 +226,7 @@ def main() -> int:
         if version not in (*known, "newest"):
             parser.error(f"{version} is not in activation/versions.py; expected one of {', '.join(known)}, newest")
     if options.pre and "newest" not in options.versions:
-        parser.error("--pre is for `newest`: python tests/matrix.py newest --pre")
+        parser.error("--pre is for `newest`: python -m tests.tools.matrix newest --pre")
     pairs = [pair for pair in TESTED if pair["transformers"] in (options.versions or known)]
     options.cache.mkdir(parents=True, exist_ok=True)
     interpreter(options.cache)

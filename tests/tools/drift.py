@@ -1,6 +1,6 @@
 """Check what this package relies on in any release of transformers or accelerate.
 
-    python tests/drift.py [transformers==5.23.0 accelerate==1.15.0 ...] [--sources] [--cache DIR] [--markdown FILE]
+    python -m tests.tools.drift [transformers==5.23.0 ...] [--sources] [--cache DIR] [--markdown FILE]
 
 By default: the last patch release of every minor release that is supported, as the package index lists them.
 
@@ -29,11 +29,8 @@ from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
-# Run as a script, the repository is not on the path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 if TYPE_CHECKING:
-    from hf_packfix.patches import Patch
+    from hf_packfix.engine.patch import Patch
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ def check_models(requirement: str, cache: Path) -> dict[str, str]:
 
     The check of the upstream names also fails if a name is there before its declared first release.
     """
-    from tests import matrix
+    from tests.tools import matrix
 
     python = matrix.interpreter(cache)
     needs = [requirement, "wrapt", "importlib-metadata", "packaging", "psutil"]
@@ -195,7 +192,7 @@ def main() -> int:
     wrong = [requirement for requirement in options.requirements if not all(requirement.partition("=="))]
     if wrong:
         parser.error(f"expected NAME==VERSION, found {wrong[0]!r}")
-    from tests import matrix
+    from tests.tools import matrix
 
     requirements = options.requirements or [
         *every_minor_release("transformers"),
@@ -226,8 +223,9 @@ def main() -> int:
 
 _PREFACE = """# What each minor release has in the places that are patched, and what the models do on it
 
-Written by `python tests/drift.py`: the last patch release of each minor release. "As expected" means that the target
-of a patch is there and its parameters start with the ones that the patch was written for, by the sources of the wheel.
+Written by `python -m tests.tools.drift`: the last patch release of each minor release. "As expected" means that the
+target of a patch is there and its parameters start with the ones that the patch was written for, by the sources of the
+wheel.
 
 """
 

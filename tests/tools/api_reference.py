@@ -1,4 +1,4 @@
-"""Write the API reference, ``hf_packfix/docs/api.md``, from the docstrings: ``python tests/api_reference.py``."""
+"""Write ``hf_packfix/docs/api.md`` from the docstrings: ``python -m tests.tools.api_reference``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["PAGE", "reference"]
 
-PAGE = Path(__file__).parents[1] / "hf_packfix/docs/api.md"
+PAGE = Path(__file__).parents[2] / "hf_packfix/docs/api.md"
 #: The modules whose ``__all__`` is public, each with a sentence.
 MODULES = {
     "hf_packfix": "Turning it on and off, the collator, and functions of one PackedSequence.",
@@ -29,7 +29,7 @@ def reference() -> str:
     lines = [
         "# API reference",
         "",
-        "Made from the docstrings by `python tests/api_reference.py`.",
+        "Made from the docstrings by `python -m tests.tools.api_reference`.",
         "",
         "Shapes: B sequences, T steps in the longest one, N steps in all, D features, V token ids, C labels; `*` is "
         "any further dimensions.",

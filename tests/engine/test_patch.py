@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from hf_packfix.patches import Patch
-from hf_packfix.patches.patch import apply, revert
+from hf_packfix.engine.patch import Patch, apply, revert
 
 NAME = "upstream_of_these_tests"
 FAILS = "class C:\n    def f(self, data): return 'stock'"

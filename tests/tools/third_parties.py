@@ -1,9 +1,9 @@
 """Train Trainers of other packages, as they are, on packed batches, and compare with padded ones.
 
-    python tests/third_parties.py [--cache DIR]
+    python -m tests.tools.third_parties [--cache DIR]
 
-Installs the packages once into a folder, as ``tests/matrix.py`` does, and the wheel of this project beside them. What
-is trained stands in ``tests/support/third_party_trainers.py``, which does not turn hf_packfix on: the variable
+Installs the packages once into a folder, as ``tests/tools/matrix.py`` does, and the wheel of this project beside them.
+What is trained stands in ``tests/support/third_party_trainers.py``, which does not turn hf_packfix on: the variable
 ``HF_PACKFIX`` does. ``tests/support/third_party_hooks.py`` trains beside import hooks, of packages that each have a
 folder of their own, so that no program has a hook that it does not ask for.
 ``tests/support/third_party_deepspeed.py`` trains with DeepSpeed, in two processes on the CPU. Exits with 1 if
@@ -22,11 +22,10 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from tests.support.installed import Environment
+from tests.tools import matrix
 
-from tests import matrix  # noqa: E402
-from tests.support.installed import Environment  # noqa: E402
+ROOT = matrix.ROOT
 
 NEWEST = matrix.TESTED[-1]
 PACKAGES = {"trl": "1.16.0", "sentence-transformers": "6.2.0"}

@@ -1,15 +1,17 @@
-"""Write the table of every patch on the page "How it works", as declared: ``python -m tests.patch_table``."""
+"""Write the table of every patch on the page "How it works", as declared: ``python -m tests.tools.patch_table``."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from hf_packfix.patches import FAST_RNN, FIRST_USE, PATCHES, Patch
+from hf_packfix.engine.first_use import FIRST_USE
+from hf_packfix.engine.patch import Patch
+from hf_packfix.patches import FAST_RNN, PATCHES
 
 __all__ = ["PAGE", "with_table"]
 
-PAGE = Path(__file__).parents[1] / "hf_packfix/docs/how_it_works.md"
+PAGE = Path(__file__).parents[2] / "hf_packfix/docs/how_it_works.md"
 GROUPS = {
     "": PATCHES,
     "Until a Trainer is first used": FIRST_USE,
