@@ -86,9 +86,9 @@ class Patch:
         fix: what the patch does instead, in a line.
         parameters: the names that the target's parameters must start with.
         knows: the parameters that the wrapper knows; None if it passes on any others itself.
-        uses: every other name of upstream that the wrapper reads, as ``module:path`` or a path in the target's module:
-            a function, a class, or an attribute of a class or of its instances. If one is missing, the patch is
-            refused.
+        uses: every other name of upstream that the wrapper reads, as ``module:path`` or a path in the target's module.
+            The last part of a path in a class may be an attribute of its instances, or anything else that the code of
+            its methods names. If one is missing, the patch is refused.
         upstream_supports: given the function as found upstream, returns whether it supports PackedSequence already, by
             a call on a tiny one on the CPU; an exception counts as no. None if no call can tell.
         silent: when a Trainer without the patch computes wrong numbers from packed batches, and raises no error. If

@@ -50,8 +50,7 @@ def has(module: str, name: str) -> bool:
 
     Args:
         module: of the target.
-        name: ``module:path``, or a path in that module. The last part of a path in a class may be an attribute of its
-            instances: one that the code of the class, or of a parent, names.
+        name: as in ``Patch.uses``.
     """
     where, _, path = name.rpartition(":")
     owner: Any = sys.modules.get(where or module)

@@ -30,8 +30,7 @@ _TRAINER = "transformers.trainer:Trainer"
         "transformers.modeling_utils:PreTrainedModel.main_input_name",
         "transformers.modeling_utils:PreTrainedModel.config",
         "transformers.configuration_utils:PretrainedConfig.is_encoder_decoder",
-        "transformers.generation.utils:GenerationMixin.generation_config",
-        "transformers.generation.configuration_utils:GenerationConfig.pad_token_id",
+        "Seq2SeqTrainer.pad_token_id",
     ),
 )
 def prediction_step(
@@ -78,8 +77,9 @@ def _for_generation(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     A decoder-only model continues its prompt, so padding goes on the left; for an encoder it goes on the right. Labels
     are padded with -100 on the right.
     """
-    pad = packing.pad if getattr(model.config, "is_encoder_decoder", False) else packing.pad_left
-    token = getattr(model.generation_config, "pad_token_id", None) or 0
+    config = getattr(model, "config", None)
+    pad = packing.pad if getattr(config, "is_encoder_decoder", False) else packing.pad_left
+    token = getattr(config, "pad_token_id", None) or 0
     main: Any = inputs.get(getattr(model, "main_input_name", "input_ids"))
 
     padded: dict[str, Any] = {}

@@ -28,7 +28,7 @@ def test_a_notebook_shows_a_table():
     assert PATCHES[0].target in shown
 
 
-@pytest.mark.parametrize("name", ["state", "applying", "messages", "control", "environment", "versions"])
+@pytest.mark.parametrize("name", ["control", "environment", "versions"])
 def test_a_module_of_ours_that_is_loaded_again_knows_what_it_knew(name):
     module = sys.modules[f"hf_packfix.activation.{name}"]
     importlib.reload(module)  # as IPython's autoreload does

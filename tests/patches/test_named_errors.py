@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from transformers import Trainer
 from transformers.trainer_pt_utils import EvalLoopContainer, find_batch_size, nested_concat
 
+from hf_packfix import evaluation
 from hf_packfix.packing import jagged, trees
 from tests.support.oracle import PlainTagger, Row, new_trainer, packed_batch, rows, stock
 
@@ -146,20 +147,14 @@ def test_an_evaluation_without_arrays_takes_steps_of_any_shape(tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
-def test_a_container_outside_of_a_loop_names_what_it_can():
-    def add(container: EvalLoopContainer, value: Any) -> None:
-        container.add(operations.pad_across_processes(value, dim=1, pad_index=-100))
-
+def test_a_container_of_a_loop_without_prediction_steps_names_what_it_can():
     first, other = widths(rows(3), 2), widths(rows(3), 1)
-    for wrap, name in (
-        (lambda packed: packed, "what the model returns"),
-        (lambda packed: (packed, packed), "position 0"),
-        (lambda packed: {"logits": packed}, "'logits'"),
-    ):
-        container = EvalLoopContainer()
-        add(container, wrap(first))
-        with pytest.raises(ValueError, match=f"^{name} has steps of shape .1. in batch 1 of the evaluation"):
-            add(container, wrap(other))
+    for wrap in (lambda packed: packed, lambda packed: (packed, packed), lambda packed: {"logits": packed}):
+        with evaluation.running(evaluation.Loop(packed=True)):
+            container = EvalLoopContainer()
+            container.add(wrap(first))
+            with pytest.raises(ValueError, match=r"^number 0 of what .* has steps of shape \[1\] in batch 1 of"):
+                container.add(wrap(other))
 
 
 def test_concatenation_names_key_and_batch():

@@ -150,7 +150,8 @@ def test_the_mask_of_features_has_one_number_a_step():
 def test_a_step_without_generation_or_packed_sequences_is_the_original_s_alone(collate, loss_only):
     patch = patch_of("transformers.trainer_seq2seq:Seq2SeqTrainer.prediction_step")
     given = []
-    trainer = SimpleNamespace(args=SimpleNamespace(predict_with_generate=True), model=torch.nn.Linear(1, 1))
+    arguments = SimpleNamespace(predict_with_generate=True)
+    trainer = SimpleNamespace(args=arguments, model=torch.nn.Linear(1, 1), label_smoother=None)
     arguments = (trainer, trainer.model, collate(rows(3)), loss_only)
     patch.make(lambda *args: given.append(args), patch)(*arguments)
     ((*found,),) = given
