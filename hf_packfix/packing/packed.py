@@ -118,7 +118,7 @@ def pad(
         if not promote:
             raise ValueError(
                 f"{packed.data.dtype} does not hold the padding_value {padding_value}: choose another one, or convert "
-                f"the data first: pad(packed._replace(data=packed.data.to({dtype})), {padding_value})"
+                f"the data first: pad(with_data(x, x.data.to({dtype})), {padding_value})"
             )
         packed = with_data(packed, packed.data.to(dtype))
     steps = packed.batch_sizes.numel()
@@ -178,14 +178,29 @@ def pad_left(packed: PackedSequence, padding_value: float = 0.0) -> Tensor:
 
 
 def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
-    """Return the same packing around other ``data`` ``[N, *]``; index tensors follow its device.
+    """Return the same packing around other ``data`` ``[N, *]``, such as a layer's output for every step.
 
-    Every field that must move is moved once, ``batch_sizes`` stays where it is, and the very same object
-    comes back when nothing changes.
+    Index tensors follow the device of ``data``: every field that must move is moved once, ``batch_sizes`` stays on the
+    CPU, and the very same object comes back if nothing changes. Works in eager and in compiled code on every supported
+    torch; ``packed._replace(data=...)`` does not compile on torch 2.15.
+
+    Raises:
+        ValueError: ``data`` does not have a row for each of the N steps.
+
+    Example:
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> x = pack_sequence([torch.randn(2, 5), torch.randn(3, 5)], enforce_sorted=False)
+        >>> with_data(x, torch.nn.Linear(5, 7)(x.data)).data.shape
+        torch.Size([5, 7])
     """
     device = data.device
     old, batch_sizes, sorted_indices, unsorted_indices = packed
     stays = data is old
+    if not stays and data.shape[:1] != old.shape[:1]:
+        raise ValueError(
+            f"data must have a row for each of the {len(old)} steps of the PackedSequence, found the shape "
+            f"{list(data.shape)}"
+        )
     # Written out for both, and with no field read twice: every packed batch of every step comes through here.
     if sorted_indices is not None and sorted_indices.device != device:
         sorted_indices, stays = sorted_indices.to(device), False

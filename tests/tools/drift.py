@@ -1,13 +1,12 @@
-"""Check what this package relies on in any release of transformers or accelerate.
+"""Check what this package relies on in any release of transformers, accelerate or torch.
 
-    python -m tests.tools.drift [transformers==5.23.0 ...] [--sources] [--cache DIR] [--markdown FILE]
+    python -m tests.tools.drift [transformers==5.23.0 ...] [--models] [--cache DIR] [--markdown FILE]
 
 By default: the last patch release of every minor release that is supported, as the package index lists them.
 
-- The patches, from the sources of the wheel, without an import of the release: is each target there, and do its
-  parameters start with the expected ones?
-- The models (``hf_packfix/models/selftest.py``), on the installed release of transformers; ``--sources`` leaves
-  them out.
+- The patches, from the sources of the wheel, without an import of the release: is each target there, do its
+  parameters start with the expected ones, and are the names there that the patch uses?
+- With ``--models``: the models (``hf_packfix/models/selftest.py``), on each release of transformers, installed.
 
 Exits with 1 if a patch or a model finds something else than it declares or expects.
 """
@@ -17,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -40,11 +40,13 @@ class Finding:
     Attributes:
         path: the target's path inside its module.
         parameters: those of the function; None where there is none.
+        names: every name that the patch uses, and whether the release has it.
         problem: how that differs from what is expected; empty where it does not.
     """
 
     path: str
     parameters: tuple[str, ...] | None
+    names: dict[str, bool]
     problem: str
 
 
@@ -64,55 +66,90 @@ def state_here(patch: Patch) -> str:
 
 def check(wheel: Path, distribution: str, version: Version) -> list[Finding]:
     """Return a finding for each patch of a distribution."""
-    from hf_packfix.patches import PATCHES
+    from hf_packfix.engine.first_use import FIRST_USE
+    from hf_packfix.patches import FAST_RNN, PATCHES
 
     findings = []
+    _trees.clear()
     with zipfile.ZipFile(wheel) as archive:
-        for patch in PATCHES:
+        for patch in PATCHES + FIRST_USE + FAST_RNN:
             if patch.module.split(".")[0] == distribution:
-                found = parameters(archive, patch.module, patch.path)
-                findings.append(Finding(patch.path, found, problem(patch, found, version)))
+                node = definition(archive, patch.module, patch.path)
+                found = parameters(node) if isinstance(node, ast.FunctionDef) else None
+                names = {name: has(archive, patch.module, name) for name in patch.uses}
+                findings.append(Finding(patch.path, found, names, problem(patch, found, names, version)))
     return findings
 
 
-def problem(patch: Patch, found: tuple[str, ...] | None, version: Version) -> str:
-    """Return what is unexpected about a target's parameters; empty where nothing is."""
-    wanted, due = patch.parameters, expected_state(patch, version) != "not-applicable"
+def problem(patch: Patch, found: tuple[str, ...] | None, names: dict[str, bool], version: Version) -> str:
+    """Return what is unexpected about a target's parameters or the names that its patch uses; empty if nothing is."""
+    wanted, state = patch.parameters, expected_state(patch, version)
     if found is None:
-        return "no such function any more" if due else ""
-    if not due:
+        return "no such function any more" if state != "not-applicable" else ""
+    if state == "not-applicable":
         return f"there, although its patch says that it came with {patch.since}"
     if found[: len(wanted)] != wanted:
         return f"expected the parameters ({', '.join(wanted)}), found ({', '.join(found)})"
-    return ""
+    missing = [name for name, there in names.items() if not there]
+    return f"no {' and no '.join(missing)}" if missing and state == "applied" else ""
 
 
-def parameters(archive: zipfile.ZipFile, module: str, path: str) -> tuple[str, ...] | None:
-    """Return the parameters of the function at ``path`` in a module's source; None where there is none."""
+def definition(archive: zipfile.ZipFile, module: str, path: str) -> ast.AST | None:
+    """Return what is defined at ``path`` in a module's source; None if nothing is."""
     file = module.replace(".", "/")
     names = [name for name in (f"{file}.py", f"{file}/__init__.py") if name in archive.namelist()]
     if not names:
         return None
-    node: ast.AST = ast.parse(archive.read(names[0]))
+    node: ast.AST = _parsed(archive, names[0])
     for name in path.split("."):
-        inner = [found for found in _definitions(node) if found.name == name]
+        inner = list(_definitions(node, name))
         if not inner:
             return None
         node = inner[-1]  # the last definition is the one that counts
-    if not isinstance(node, ast.FunctionDef):
-        return None
-    of = node.args
+    return node
+
+
+def parameters(function: ast.FunctionDef) -> tuple[str, ...]:
+    """Return the names of a function's parameters."""
+    of = function.args
     star = [argument for argument in (of.vararg, of.kwarg) if argument is not None]
     return tuple(argument.arg for argument in [*of.posonlyargs, *of.args, *of.kwonlyargs, *star])
 
 
-def _definitions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.ClassDef]:
-    """Yield the functions and classes defined in a body, under an ``if`` or ``try`` as well."""
+def has(archive: zipfile.ZipFile, module: str, name: str) -> bool:
+    """Return whether a release has a name that a patch uses, as ``engine/targets.py`` finds it in what is loaded."""
+    where, _, path = name.rpartition(":")
+    outer, _, last = path.rpartition(".")
+    if not outer:
+        return definition(archive, where or module, last) is not None
+    owner = definition(archive, where or module, outer)
+    words = [] if owner is None else ast.walk(owner)
+    return any(last in (getattr(word, part, None) for part in ("attr", "id", "name")) for word in words)
+
+
+_trees: dict[tuple[str | None, str], ast.Module] = {}
+
+
+def _parsed(archive: zipfile.ZipFile, name: str) -> ast.Module:
+    key = archive.filename, name
+    if key not in _trees:
+        _trees[key] = ast.parse(archive.read(name))
+    return _trees[key]
+
+
+def _definitions(node: ast.AST, name: str) -> Iterator[ast.AST]:
+    """Yield the functions and classes of this name in a body, under an ``if`` or ``try`` as well; past an alias."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(child, (ast.FunctionDef, ast.ClassDef)) and child.name == name:
             yield child
         elif isinstance(child, (ast.If, ast.Try)):
-            yield from _definitions(child)
+            yield from _definitions(child, name)
+        elif (
+            isinstance(child, ast.Assign)
+            and isinstance(child.value, ast.Name)
+            and any(isinstance(target, ast.Name) and target.id == name for target in child.targets)
+        ):
+            yield from _definitions(node, child.value.id)
 
 
 def download(requirement: str, folder: Path) -> Path:
@@ -121,15 +158,13 @@ def download(requirement: str, folder: Path) -> Path:
     pattern = f"{distribution}-{version}-*.whl"
     if not any(folder.glob(pattern)):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        subprocess.run([*command, "--dest", str(folder), requirement], check=True)
+        environment = os.environ | {"PIP_CONFIG_FILE": os.devnull}
+        subprocess.run([*command, "--dest", str(folder), requirement], check=True, env=environment)
     return next(folder.glob(pattern))
 
 
 def check_models(requirement: str, cache: Path) -> dict[str, str]:
-    """Install a release of transformers and return, for every check of the models, what went wrong; empty if nothing.
-
-    The check of the upstream names also fails if a name is there before its declared first release.
-    """
+    """Install a release of transformers; return for every check of the models what went wrong, empty if nothing."""
     from tests.tools import matrix
 
     python = matrix.interpreter(cache)
@@ -149,14 +184,16 @@ def every_minor_release(distribution: str) -> list[str]:
     """Return ``name==version`` of the last patch release of each supported minor release, oldest first."""
     from hf_packfix.activation.versions import MINIMUM
 
+    # Past a constraint in pip's configuration: users have none.
+    environment = os.environ | {"PIP_CONFIG_FILE": os.devnull}
     command = [sys.executable, "-m", "pip", "index", "versions", distribution, "--disable-pip-version-check"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     found = re.search(r"Available versions: (.+)", printed)
     if found is None:
         raise ValueError(f"expected a line 'Available versions: ...' from pip, found {printed!r}")
     last: dict[tuple[int, ...], Version] = {}
     for version in sorted(map(Version, found[1].split(", "))):
-        if version >= Version(MINIMUM[distribution]):
+        if version >= Version(MINIMUM.get(distribution, "2.0")):
             last[version.release[:2]] = version
     return [f"{distribution}=={version}" for version in last.values()]
 
@@ -177,7 +214,27 @@ def model_row(requirement: str, results: dict[str, str]) -> str:
     return f"| {requirement.replace('==', ' ')} | {passed or '-'} | {failed or '-'} |"
 
 
+def name_rows(found: dict[str, list[Finding]]) -> Iterator[str]:
+    """Yield a line for each name that patches use: the releases that have it."""
+    for distribution in DISTRIBUTIONS:
+        releases = {name: of for name, of in found.items() if name.startswith(f"{distribution}==")}
+        names = {name: finding.path for of in releases.values() for finding in of for name in finding.names}
+        for name in sorted(names):
+            having = [
+                release.partition("==")[2]
+                for release, of in releases.items()
+                if any(finding.names.get(name) for finding in of)
+            ]
+            if len(having) == len(releases):
+                text = f"all {len(having)}"
+            else:
+                text = f"{having[0]} to {having[-1]}, {len(having)} of {len(releases)}" if having else "none"
+            yield f"| {distribution} | `{name}` | {text} |"
+
+
+DISTRIBUTIONS = ("transformers", "accelerate", "torch")
 PATCHES_HEADER = "| release | as expected | has no such place | unexpected |\n|---|---|---|---|"
+NAMES_HEADER = "| package | a patch uses | releases that have it |\n|---|---|---|"
 MODELS_HEADER = "| release | right | wrong |\n|---|---|---|"
 
 
@@ -185,7 +242,7 @@ def main() -> int:
     """Print the tables; return 1 if something is unexpected."""
     parser = argparse.ArgumentParser(description="check what the patches and the models rely on in a release")
     parser.add_argument("requirements", nargs="*", metavar="NAME==VERSION", help="every minor release by default")
-    parser.add_argument("--sources", action="store_true", help="check the patches alone; nothing is installed")
+    parser.add_argument("--models", action="store_true", help="install each transformers and try the models on it")
     parser.add_argument("--cache", type=Path, help="keep the wheels here; a temporary folder by default")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file, too")
     options = parser.parse_args()
@@ -194,38 +251,43 @@ def main() -> int:
         parser.error(f"expected NAME==VERSION, found {wrong[0]!r}")
     from tests.tools import matrix
 
-    requirements = options.requirements or [
-        *every_minor_release("transformers"),
-        *every_minor_release("accelerate"),
-    ]
-    patches, models, failed = [PATCHES_HEADER], [MODELS_HEADER], False
+    requirements = options.requirements or [name for of in DISTRIBUTIONS for name in every_minor_release(of)]
+    patches, models, found = [PATCHES_HEADER], [MODELS_HEADER], {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.cache or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for requirement in requirements:
             distribution, _, version = requirement.partition("==")
-            findings = check(download(requirement, folder), distribution, Version(version))
+            wheel = download(requirement, folder)
+            findings = found[requirement] = check(wheel, distribution, Version(version))
+            if options.cache is None:
+                wheel.unlink()  # those of torch are large
             if not findings:
-                parser.error(f"no patch has a target in {distribution}; expected transformers or accelerate")
-            failed |= any(finding.problem for finding in findings)
+                parser.error(f"no patch has a target in {distribution}; expected one of {', '.join(DISTRIBUTIONS)}")
             patches.append(patch_row(requirement, findings))
             print(patches[-1], flush=True)
-            if distribution == "transformers" and not options.sources:
+            if distribution == "transformers" and options.models:
                 results = check_models(requirement, options.cache or matrix.CACHE)
-                failed |= any(results.values())
                 models.append(model_row(requirement, results))
                 print(models[-1], flush=True)
+    names = [NAMES_HEADER, *name_rows(found)]
+    print("\n".join(names))
     if options.markdown:
-        tables = "\n".join([*patches, "", _MODELS, *models] if len(models) > 1 else patches)
-        options.markdown.write_text(f"{_PREFACE}{tables}\n", encoding="utf-8")
-    return int(failed)
+        tables = [*patches, "", _NAMES, *names, *(["", _MODELS, *models] if len(models) > 1 else [])]
+        options.markdown.write_text(_PREFACE + "\n".join(tables) + "\n", encoding="utf-8")
+    unexpected = any(finding.problem for of in found.values() for finding in of)
+    return int(unexpected or any(not line.endswith("| - |") for line in models[1:]))
 
 
 _PREFACE = """# What each minor release has in the places that are patched, and what the models do on it
 
-Written by `python -m tests.tools.drift`: the last patch release of each minor release. "As expected" means that the
-target of a patch is there and its parameters start with the ones that the patch was written for, by the sources of the
-wheel.
+Written by `python -m tests.tools.drift --markdown tests/tools/DRIFT.md`: the last patch release of each minor release.
+"As expected" means that the target of a patch is there, its parameters start with the ones that the patch was written
+for, and the names are there that the patch uses, by the sources of the wheel.
+
+"""
+
+_NAMES = """The names that patches use besides their targets. A patch that lacks one is refused.
 
 """
 

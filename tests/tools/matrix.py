@@ -4,7 +4,7 @@
 
 The pairs are those of ``activation/versions.py``; VERSION names one by its transformers. ``newest`` is what pip
 resolves today, with ``--pre`` pre-releases as well. Each pair gets a folder that pip fills once, and ``newest`` one
-that it fills every time; torch is this interpreter's own, linked. The oldest pair also gets the oldest wrapt,
+that it fills every time; torch is this interpreter's own, linked. The oldest pair gets the oldest torch, wrapt,
 importlib-metadata and packaging that ``pyproject.toml`` allows. Exits with 1 if a test fails.
 """
 
@@ -41,6 +41,9 @@ PARTS = {"behaviour": "not slow and not newest", "conformance": "conformance and
 #: Where the environments are by default.
 CACHE = Path(tempfile.gettempdir()) / "hf_packfix_matrix"
 
+#: The last release of the oldest torch that ``pyproject.toml`` allows; it was built for NumPy 1.
+OLDEST_TORCH = "2.0.1"
+
 #: What the tests import besides the pair itself.
 TOOLS = ["datasets", "hypothesis", "optuna", "psutil", "pytest", "pytest-timeout", "pytest-xdist"]
 
@@ -71,18 +74,28 @@ def requirements(pair: dict[str, str]) -> list[str]:
     needs = ["wrapt", "importlib-metadata", "packaging"]
     if pair == TESTED[0]:
         floors = re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-        needs = [f"{name}=={dict(floors)[name]}" for name in needs]
+        needs = [*(f"{name}=={dict(floors)[name]}" for name in needs), "numpy<2"]
     return [f"transformers=={pair['transformers']}", *needs, *TOOLS]
 
 
-def interpreter(cache: Path) -> Path:
-    """Return the Python of an environment that has torch, linked from this one, and nothing else."""
-    base = cache / f"torch-{distribution('torch').version}"
+def interpreter(cache: Path, torch: str | None = None) -> Path:
+    """Return the Python of an environment that has torch and nothing else.
+
+    Args:
+        cache: where the environment is.
+        torch: the release that pip installs; by default, this interpreter's own is linked.
+    """
+    base = cache / f"torch-{torch or distribution('torch').version}"
     python = base / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     complete = base / "complete"
     if not complete.exists():
         venv.create(base, clear=True)
         site = next(base.glob("[Ll]ib/**/site-packages"))
+        if torch is not None:
+            command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", f"torch=={torch}"]
+            subprocess.run([*command, "numpy<2"], check=True)
+            complete.touch()
+            return python
         for found in closure("torch"):
             for top in {file.parts[0] for file in found.files or () if file.parts[0] not in ("..", "__pycache__")}:
                 link = site / top
@@ -159,7 +172,8 @@ def environment(target: Path) -> dict[str, str]:
 
 def run(pair: dict[str, str], target: Path, part: str, cache: Path) -> Result:
     """Run a part of the tests on a pair that is installed in a folder."""
-    python = interpreter(cache)
+    torch = OLDEST_TORCH if pair == TESTED[0] else None
+    python = interpreter(cache, torch)
     report = cache / f"{'-'.join(pair.values())}-{part}.xml"
     report.unlink(missing_ok=True)
     files = [str(ROOT / "tests" / name) for name in FOLDERS]
@@ -170,7 +184,8 @@ def run(pair: dict[str, str], target: Path, part: str, cache: Path) -> Result:
         [*command, *files], cwd=ROOT, env=environment(target), capture_output=True, text=True, check=False
     )
     seconds = time.monotonic() - start
-    name, output = ", ".join(f"{key} {value}" for key, value in pair.items()), done.stdout + done.stderr
+    versions = pair | ({} if torch is None else {"torch": torch})
+    name, output = ", ".join(f"{key} {value}" for key, value in versions.items()), done.stdout + done.stderr
     if not report.exists():
         return Result(name, 0, 1, 0, seconds, (), output)
     suite = next(ElementTree.parse(report).iter("testsuite"))
@@ -211,9 +226,9 @@ def main() -> int:
             print(f"\n=== {result.name}\n{result.output}")
         for reason in result.reasons:
             print(f"skipped on {result.name}: {reason}")
-    print(f"\n{'versions':<44}{'passed':>8}{'failed':>8}{'skipped':>8}{'seconds':>9}")
+    print(f"\n{'versions':<60}{'passed':>8}{'failed':>8}{'skipped':>8}{'seconds':>9}")
     for result in results:
-        print(f"{result.name:<44}{result.passed:>8}{result.failed:>8}{result.skipped:>8}{result.seconds:>9.0f}")
+        print(f"{result.name:<60}{result.passed:>8}{result.failed:>8}{result.skipped:>8}{result.seconds:>9.0f}")
     return int(any(result.failed for result in results))
 
 
