@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_packfix._version import __version__
 from hf_packfix._warnings import HFPackfixWarning
-from hf_packfix.activation.control import activate_on_import, disable, enable, is_enabled, status
+from hf_packfix.activation.control import activate_on_import, disable, disabled, enable, is_enabled, status
 from hf_packfix.activation.status_report import Status
 from hf_packfix.activation.versions import UnsupportedVersionError
 
@@ -28,6 +28,7 @@ __all__ = [
     "batch_size",
     "concatenate",
     "disable",
+    "disabled",
     "enable",
     "from_jagged",
     "is_enabled",

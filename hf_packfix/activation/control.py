@@ -104,6 +104,31 @@ def disable() -> None:
         revert([*_first_uses(), *reversed(_all_patches())])
 
 
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Restore the original objects inside a ``with`` statement, in all threads; afterwards all is as it was before.
+
+    To compare with what transformers does without hf_packfix.
+
+    Example:
+        >>> import hf_packfix
+        >>> with hf_packfix.disabled():
+        ...     hf_packfix.is_enabled()
+        False
+        >>> hf_packfix.is_enabled()
+        True
+    """
+    by, fast_rnn, why = state.activated_by, state.fast_rnn, state.why_inactive
+    disable()
+    try:
+        yield
+    finally:
+        state.why_inactive = why
+        if by is not None:
+            # Past a refusal that was passed before.
+            _enable(by, force=True, fast_rnn=fast_rnn, report=state.report)
+
+
 def is_enabled() -> bool:
     """Return whether the patches act, or will as soon as what they patch is imported.
 

@@ -23,10 +23,14 @@ def loaded_without(module: str) -> bool:
     package = sys.modules.get(module.rpartition(".")[0])
     if package is None or getattr(getattr(package, "__spec__", None), "_initializing", False):
         return False
+    return not _exists(module, if_unknown=True)
+
+
+def _exists(module: str, *, if_unknown: bool = False) -> bool:
     try:
-        return importlib.util.find_spec(module) is None
+        return importlib.util.find_spec(module) is not None
     except (ImportError, AttributeError, ValueError):
-        return False
+        return if_unknown
 
 
 def resolve(module: str, path: str) -> tuple[Any, Function | None]:
@@ -55,7 +59,7 @@ def has(module: str, name: str) -> bool:
     where, _, path = name.rpartition(":")
     owner: Any = sys.modules.get(where or module)
     if owner is None:  # not loaded, and not to be loaded for this
-        return importlib.util.find_spec(where) is not None
+        return _exists(where)
     *outer, last = path.split(".")
     for part in outer:
         owner = getattr(owner, "__dict__", {}).get(part)

@@ -365,3 +365,31 @@ def test_stock_is_stock():
     packed = pack_sequence([torch.ones(1), torch.ones(2)], enforce_sorted=False)
     with stock(), pytest.raises(AssertionError):
         bare_trainer()._prepare_input(packed)
+
+
+def test_disabled_restores_the_originals_inside_and_all_that_was_afterwards():
+    patch = patch_of("transformers.trainer:Trainer._prepare_input")
+    wrapper = vars(Trainer)["_prepare_input"]
+    by = hf_packfix.status().activated_by
+    with hf_packfix.disabled():
+        assert vars(Trainer)["_prepare_input"] is wrapper.__wrapped__
+        assert not hf_packfix.is_enabled()
+        with hf_packfix.disabled():
+            pass
+        assert not hf_packfix.is_enabled()  # as it was before
+    assert vars(Trainer)["_prepare_input"] is wrapper
+    assert (hf_packfix.is_enabled(), patch.active) == (True, True)
+    assert hf_packfix.status().activated_by == by
+
+
+def test_disabled_turns_nothing_on_that_was_off_and_keeps_the_layers():
+    hf_packfix.disable()
+    with hf_packfix.disabled():
+        pass
+    assert not hf_packfix.is_enabled()
+    assert hf_packfix.status().reason == "hf_packfix.disable() was called"
+    hf_packfix.enable(fast_rnn=True)
+    with pytest.raises(ValueError, match="of the program"), hf_packfix.disabled():
+        raise ValueError("of the program")
+    assert patch_of("torch.nn.modules.rnn:GRU.forward").active
+    hf_packfix.enable(fast_rnn=False)

@@ -141,6 +141,24 @@ assert standing() == originals
     )
 
 
+def test_what_no_program_imports_keeps_nothing_wrapped_after_the_first_use():
+    run(
+        """
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+originals = [vars(owner)["__init__"] for owner in (Accelerator, DataLoader)]
+import hf_packfix
+from transformers import Trainer, TrainingArguments
+assert [vars(owner)["__init__"] for owner in (Accelerator, DataLoader)] != originals
+Trainer(torch.nn.Linear(1, 1), TrainingArguments("never_written", report_to=[]), train_dataset=[1])
+assert "pending" in {patch.state for patch in hf_packfix.status().patches}  # of transformers.trainer_seq2seq
+assert [vars(owner)["__init__"] for owner in (Accelerator, DataLoader)] == originals
+check()
+"""
+    )
+
+
 def test_nothing_is_raised_where_the_trainer_is_used():
     run(
         """

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hf_packfix.engine.patch import Patch, apply, revert
+from hf_packfix.engine.patch import Patch, apply, raise_if_unsafe, revert
 
 NAME = "upstream_of_these_tests"
 FAILS = "class C:\n    def f(self, data): return 'stock'"
@@ -30,7 +30,7 @@ def handles(function: Any) -> bool:
     return function(None, "packed") == "right"
 
 
-def new_patch(*, supports: Any = handles, path: str = "C.f") -> Patch:
+def new_patch(*, supports: Any = handles, path: str = "C.f", **declared: Any) -> Patch:
     """Return a patch that makes ``f`` do what is right."""
 
     def make(original: Any, patch: Patch) -> Any:
@@ -45,6 +45,7 @@ def new_patch(*, supports: Any = handles, path: str = "C.f") -> Patch:
         parameters=names,
         knows=names,
         upstream_supports=supports,
+        **declared,
     )
 
 
@@ -312,3 +313,103 @@ def test_a_status_is_a_record(upstream):
     assert str(status) == f"{'pending':<14} {NAME}:C.f\n{'':<14}   a problem; a fix"
     with pytest.raises(dataclasses.FrozenInstanceError):
         status.state = "applied"
+
+
+# --- names that a patch uses -----------------------------------------------------------------------------
+
+USED = """
+import collections, functools
+
+def helper(): pass
+
+class Base(collections.UserDict):
+    declared: int
+    here = 3
+
+    @property
+    def computed(self): return self.behind_a_property
+
+    @functools.lru_cache
+    def wrapped(self): return self.behind_a_wrapper
+
+    @staticmethod
+    def static(other): return other.behind_a_static_method
+
+class C(Base):
+    def __init__(self): self.assigned = [self.nested for _ in range(3)]
+    def f(self, data): return 'stock'
+
+Alias = C
+"""
+THERE = ("helper", "Base", "C.assigned", "C.nested", "C.here", "C.declared", "C.computed", "C.behind_a_property")
+THERE += ("C.behind_a_wrapper", "C.behind_a_static_method", "C.data", f"{NAME}:Alias.assigned", f"{NAME}:helper")
+MISSING = (
+    "helped",
+    "C.missing",
+    "B.assigned",
+    "C.f.g",
+    "C.lru_cache_",
+    f"{NAME}:helped",
+    "no_such_module:f",
+    "no.such.module:f",
+)
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_a_name_that_is_there_is_found(upstream, name):
+    exec(USED, vars(upstream))
+    declared = new_patch(uses=(name,))
+    apply([declared])
+    assert state(declared) == ("applied", "")
+    revert([declared])
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_patch_that_lacks_a_name_is_refused_by_that_name(upstream, name):
+    exec(USED, vars(upstream))
+    before = vars(upstream.C)["f"]
+    declared = new_patch(uses=("helper", name))
+    apply([declared])
+    assert state(declared) == ("refused", f"it needs {name}, not found here")
+    assert vars(upstream.C)["f"] is before
+    assert declared.deviation().endswith(f"it needs {name}, not found here. Without the patch, it a problem")
+
+
+def test_a_name_in_our_own_wrapper_does_not_count(upstream):
+    exec(USED, vars(upstream))
+    first = new_patch()
+    first.make = lambda original, patch: lambda self, data: self.named_by_ours
+    apply([first])
+    second = new_patch(path="Base.wrapped", uses=("C.named_by_ours",), supports=None)
+    second.parameters = second.knows = ("self",)
+    apply([second])
+    assert state(second)[0] == "refused"
+    revert([first])
+
+
+@pytest.mark.parametrize("missing", ["a name", "the target", "the parameters", None])
+@pytest.mark.parametrize("silent", ["training", "evaluation", "always", None])
+def test_packed_batches_raise_where_a_missing_patch_would_give_wrong_numbers(upstream, monkeypatch, missing, silent):
+    monkeypatch.setattr(upstream, "__version__", "3.0", raising=False)
+    declared = new_patch(silent=silent, uses=("C.missing",) if missing == "a name" else ())
+    if missing == "the target":
+        del upstream.C.f
+    if missing == "the parameters":
+        declared.parameters = ("self", "batch")
+    apply([declared])
+    for evaluates in (False, True):
+        if missing and silent in ("always", "evaluation" if evaluates else "training"):
+            with pytest.raises(RuntimeError, match=f"wrong numbers here. hf_packfix does not patch {NAME}:C.f: "):
+                raise_if_unsafe(evaluates=evaluates)
+        else:
+            raise_if_unsafe(evaluates=evaluates)
+    revert([declared])
+    raise_if_unsafe(evaluates=True)
+
+
+def test_a_target_that_a_release_need_not_have_makes_nothing_unsafe(upstream, monkeypatch):
+    monkeypatch.setattr(upstream, "__version__", "3.0", raising=False)
+    del upstream.C.f
+    later, gone = new_patch(silent="always", since="4.0"), new_patch(silent="always", until="2.0")
+    apply([later, gone])
+    raise_if_unsafe(evaluates=False)

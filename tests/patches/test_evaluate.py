@@ -471,6 +471,16 @@ def test_keys_that_differ_in_their_number_of_sequences_are_not_cut():
         operations.slice_tensors(batch, slice(0, 2))
 
 
+def test_a_packed_key_beside_a_tensor_with_other_rows_is_not_cut():
+    # 15 words of 4 sentences: the tensor would be cut by sentence, silently.
+    batch = {**packed_batch(rows(4)), "words": torch.ones(15, 2), "temperature": torch.tensor(0.5)}
+    with pytest.raises(ValueError, match="'input_ids' has 4, 'labels' has 4, 'words' has 15"):
+        operations.slice_tensors(batch, slice(0, 2))
+    batch["words"] = torch.ones(4, 2)
+    del batch["temperature"]  # which accelerate cannot cut
+    assert operations.slice_tensors(batch, slice(0, 2))["words"].shape == (2, 2)
+
+
 # --- the public helpers ---------------------------------------------------------------------------------
 
 

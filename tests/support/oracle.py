@@ -31,6 +31,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassif
 
 import hf_packfix
 
+#: Runs with every patch reverted.
+stock = hf_packfix.disabled
+
 VOCABULARY, CLASSES, HIDDEN = 17, 4, 8
 Row = dict[str, Any]
 
@@ -38,16 +41,6 @@ Row = dict[str, Any]
 def transformers_from(version: str) -> bool:
     """Tell whether the transformers under test is at least this version."""
     return Version(transformers.__version__) >= Version(version)
-
-
-@contextlib.contextmanager
-def stock() -> Iterator[None]:
-    """Run with every patch taken off."""
-    hf_packfix.disable()
-    try:
-        yield
-    finally:
-        hf_packfix.enable()
 
 
 # --- rows and collators ---------------------------------------------------------------------------------
