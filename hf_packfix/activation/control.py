@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hf_packfix")
 
-#: Stands among the loaded modules for a Trainer that is first used.
-_FIRST_USE = "the first use of a Trainer"
+#: Stand among the names of loaded modules for a Trainer that is first used, and for a call of ``enable``.
+_FIRST_USE, _ENABLED = "the first use of a Trainer", "enable()"
 
 
 @dataclass
@@ -256,7 +256,7 @@ def _enable(
         state.activated_by = state.activated_by or activated_by
         if "torch" in sys.modules:
             _apply_and_log([patch for patch in _requested_patches() if not _is_half_imported(patch.module)])
-            _apply_pending()
+            _apply_pending(_ENABLED)
         state.hooked.update(modules)
     # Outside the lock, since wrapt takes its own and calls back for a module imported meanwhile.
     for name in modules:
@@ -324,7 +324,7 @@ def _apply_pending(name: str = "") -> None:
 
     Args:
         name: of a module whose import hook was just called: it is loaded to its end, though the import system is not
-            done with it.
+            done with it. Empty if only the state is asked for.
     """
     # While torch is being imported, modules of its own among them, no probe can run: its hook comes last.
     state.torch_is_loaded = state.torch_is_loaded or name == "torch" or _is_complete("torch")
@@ -347,7 +347,7 @@ def _apply_pending(name: str = "") -> None:
         # What is not loaded when a Trainer is first used, it does not need; the hook of a later module waits again.
         if name == _FIRST_USE or not any(patch.pending for patch in _requested_patches()):
             revert(_first_uses())
-        else:
+        elif name:
             apply(patch for patch in _first_uses() if patch.module == name or _is_complete(patch.module))
     except Exception as error:
         logger.debug("could not patch %s", name or "what is pending", exc_info=True)

@@ -71,7 +71,8 @@ def test_every_state_is_the_expected_one():
 
 def wheel_with(directory, change=lambda source: source):
     """Return a wheel that has this transformers' sources of what is patched."""
-    modules = {patch.module for patch in PATCHES if patch.module.startswith("transformers.")}
+    names = [name for patch in PATCHES for name in (patch.target, *patch.uses) if ":" in name]
+    modules = {name.partition(":")[0] for name in names if name.startswith("transformers.")}
     with zipfile.ZipFile(directory / "some.whl", "w") as archive:
         for module in modules:
             archive.writestr(f"{module.replace('.', '/')}.py", change(inspect.getsource(import_module(module))))
