@@ -22,7 +22,7 @@ break it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
@@ -70,9 +70,20 @@ def is_active(target: str) -> bool:
     return _declared[target].active
 
 
+#: Types of arguments that hold nothing, such as those of Trainers and models: found out once, since whether something
+#: is a `Mapping`, an abstract class, takes longer than the rest.
+_opaque: set[type] = set()
+
+
 def holds_packed(*args: Any, **kwargs: Any) -> bool:
     """Return whether there is a PackedSequence in the arguments of a call."""
-    return packing.contains(args) or (bool(kwargs) and packing.contains(kwargs))
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if type(value) not in _opaque:
+            if packing.contains(value):
+                return True
+            if not isinstance(value, (tuple, list, Mapping)):
+                _opaque.add(type(value))
+    return False
 
 
 def always(*args: Any, **kwargs: Any) -> bool:

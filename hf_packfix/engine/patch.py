@@ -28,7 +28,7 @@ State = Literal["applied", "pending", "not-needed", "not-applicable", "refused",
 _ATTRIBUTE = "_hf_packfix_patch"
 
 #: By target, the patches that are missing and without which a Trainer computes wrong numbers silently.
-_unsafe: dict[str, Patch] = {}
+unsafe: dict[str, Patch] = {}
 
 
 @dataclass(frozen=True)
@@ -196,9 +196,9 @@ class Patch:
     def examine(self) -> None:
         """Find the state that applying the patch leads to; if "applied", its wrapper is the newest layer."""
         self._verdict = self._examined()
-        _unsafe.pop(self.target, None)
+        unsafe.pop(self.target, None)
         if self.silent and self._verdict[0] != "applied" and self.deviation():
-            _unsafe[self.target] = self
+            unsafe[self.target] = self
 
     def _examined(self) -> tuple[State, str]:
         if not is_loaded(self.module):
@@ -300,7 +300,7 @@ def revert(patches: Iterable[Patch]) -> None:
     layers = []
     for patch in patches:
         patch.active = False
-        _unsafe.pop(patch.target, None)
+        unsafe.pop(patch.target, None)
         layers += [(layer.owner, patch.path, layer.wrapper, layer.original) for layer in reversed(patch._layers)]
     exchange(layers)
 
@@ -314,7 +314,7 @@ def raise_if_unsafe(*, evaluates: bool) -> None:
     Raises:
         RuntimeError: naming what differs upstream.
     """
-    for patch in _unsafe.values():
+    for patch in unsafe.values():
         if patch.silent in ("always", "evaluation" if evaluates else "training"):
             raise RuntimeError(
                 f"a packed batch would give wrong numbers here. {patch.deviation()}. Upgrade hf_packfix, or install a "

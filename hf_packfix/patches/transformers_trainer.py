@@ -20,7 +20,7 @@ from hf_packfix._warnings import warn_once
 from hf_packfix.engine import probe
 from hf_packfix.engine.declare import always, around, hand_made, holds_packed, is_active
 from hf_packfix.engine.lazily import evaluation, packing, torch
-from hf_packfix.engine.patch import Patch, raise_if_unsafe
+from hf_packfix.engine.patch import Patch, raise_if_unsafe, unsafe
 from hf_packfix.engine.targets import Function
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ _DATA_PARALLEL = (
 
 def _moves(original: Function) -> bool:
     trainer = type("Trainer", (), {"_prepare_input": original})()
-    trainer.args = SimpleNamespace(device=torch.device("meta"), n_gpu=1)
+    trainer.args = SimpleNamespace(device=torch.device("meta"), _n_gpu=1)
     trainer.is_deepspeed_enabled = False
     return probe.is_on_meta(trainer._prepare_input({"x": probe.packed()})["x"])
 
@@ -57,7 +57,7 @@ def _moves(original: Function) -> bool:
     parameters=("self", "data"),
     problem="moves a batch to the device by rebuilding tuples from a generator, which a PackedSequence refuses",
     fix="moves data and index tensors",
-    uses=("Trainer.args", "Trainer.is_deepspeed_enabled", f"{_ARGUMENTS}.device", f"{_ARGUMENTS}.n_gpu"),
+    uses=("Trainer.args", "Trainer.is_deepspeed_enabled", f"{_ARGUMENTS}.device", f"{_ARGUMENTS}._n_gpu"),
     upstream_supports=_moves,
     issue="https://github.com/huggingface/transformers/issues/29068",
 )
@@ -79,13 +79,14 @@ def _prepare_input(original: Function, patch: Patch) -> Function:
     # True if upstream's own function is wrapped directly; for a tensor it only calls `.to(device)`, and casts for
     # DeepSpeed.
     upstream = getattr(original, "__globals__", None) is vars(sys.modules[patch.module])
+    packed_sequence, with_data = packing.PackedSequence, packing.with_data
 
     def _prepare_input(self: Any, data: Any) -> Any:
         return original(self, data) if type(data) in _ordinary else prepare_other(self, data)
 
     def prepare_other(trainer: Any, data: Any) -> Any:
         if patch.active:
-            if packing.is_packed(data):
+            if isinstance(data, packed_sequence):
                 return prepare_packed(trainer, data)
             if isinstance(data, tuple):
                 if packing.is_namedtuple(data):
@@ -106,16 +107,18 @@ def _prepare_input(original: Function, patch: Patch) -> Function:
         return moved
 
     def prepare_packed(trainer: Any, data: Any) -> PackedSequence:
-        raise_if_unsafe(evaluates=evaluation.current() is not None)
-        packed = data.uncountable() if hasattr(data, "uncountable") else data
+        if unsafe:
+            raise_if_unsafe(evaluates=evaluation.current() is not None)
+        packed = data if type(data) is packed_sequence else packed_sequence._make(data)
         arguments, prepare = trainer.args, trainer._prepare_input
-        if arguments.n_gpu > 1:
-            raise ValueError(_DATA_PARALLEL.format(arguments.n_gpu))
+        # The property `n_gpu` returns this, but takes longer than the rest for a tensor that need not move.
+        if arguments._n_gpu > 1:
+            raise ValueError(_DATA_PARALLEL.format(arguments._n_gpu))
         direct = upstream and getattr(prepare, "__func__", None) is _prepare_input
         if not direct or trainer.is_deepspeed_enabled:
-            return packing.with_data(packed, prepare(packed.data))
+            return with_data(packed, prepare(packed.data))
         tensor, device = packed.data, arguments.device
-        return packing.with_data(packed, tensor if tensor.device == device else tensor.to(device))
+        return with_data(packed, tensor if tensor.device == device else tensor.to(device))
 
     return _prepare_input
 
@@ -299,9 +302,6 @@ def _countable_packed_sequence() -> Any:
             if not isinstance(other, int):
                 return super().__ne__(other)
             return torch.ones(packing.num_tokens(self), dtype=torch.bool, device="cpu")
-
-        def uncountable(self) -> PackedSequence:
-            return packing.PackedSequence._make(self)
 
         def __reduce__(self) -> Any:  # pickle does not find this class by its name
             return packing.PackedSequence, tuple(self)

@@ -75,7 +75,7 @@ def test_any_order_with_a_foreign_patch(order):
 import torch, types
 from torch.nn.utils.rnn import pack_sequence
 trainer = Trainer.__new__(Trainer)
-trainer.args = types.SimpleNamespace(device=torch.device("meta"), n_gpu=1)
+trainer.args = types.SimpleNamespace(device=torch.device("meta"), _n_gpu=1)
 trainer.is_deepspeed_enabled = False
 packed = pack_sequence([torch.ones(1), torch.ones(2)], enforce_sorted=False)
 try:

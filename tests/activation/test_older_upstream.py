@@ -97,7 +97,8 @@ def test_a_countable_packed_sequence_is_a_packed_sequence():
     assert (countable != 7).dtype == (packed.data != 7).dtype  # a mask
     assert countable != "text"
     assert (countable != kind._make(packed)) is False  # as tuples are, of the same fields
-    assert type(countable.uncountable()) is PackedSequence
+    trainer = bare_trainer()
+    assert type(trainer._prepare_input(countable)) is PackedSequence
     assert torch.nn.GRU(2, 3)(countable)[0].data.shape == (6, 3)
     for same in (copy.deepcopy(countable), pickle.loads(pickle.dumps(countable))):
         assert type(same) is PackedSequence

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def bare_trainer(device: torch.device = CPU, cls: type[Trainer] = Trainer, dtype: Any = None) -> Trainer:
     """Return a Trainer that has just what moving a batch asks for."""
     trainer = cls.__new__(cls)
-    trainer.args = SimpleNamespace(device=device, n_gpu=1)
+    trainer.args = SimpleNamespace(device=device, _n_gpu=1)
     trainer.is_deepspeed_enabled = dtype is not None
     config = SimpleNamespace(dtype=lambda: dtype)
     trainer.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(hf_ds_config=config)))

@@ -25,7 +25,7 @@ TRAINS = """
 from torch.nn.utils.rnn import pack_sequence
 import torch, types
 t = Trainer.__new__(Trainer)
-t.args = types.SimpleNamespace(device=torch.device("meta"), n_gpu=1)
+t.args = types.SimpleNamespace(device=torch.device("meta"), _n_gpu=1)
 t.is_deepspeed_enabled = False
 p = pack_sequence([torch.ones(1), torch.ones(2)], enforce_sorted=False)
 assert t._prepare_input({"x": p})["x"].data.device.type == "meta"
