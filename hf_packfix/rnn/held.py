@@ -1,0 +1,249 @@
+"""LSTM and GRU layers over a packed sequence, run as padded ones whose state is held still over padding; for GPUs.
+
+On a GPU torch gives a packed sequence to cuDNN's standard algorithm, which launches kernels at every step. Only a
+padded one may get a persistent kernel, which keeps the recurrent weights in registers. So the rows of ``data`` are
+scattered into a padded tensor ``[T, B, D]``, and the input of every layer gets one more column: 0 at real steps, 1 at
+padding. The weights of this column are constants that shut or open a gate, in every floating-point type exactly:
+
+- LSTM: -1e4 for the input gate, which becomes 0, and 1e4 for the forget gate, which becomes 1: the cell state stays.
+- GRU: 1e4 for the update gate, which becomes 1: the state stays.
+
+There the gradients of the gates are 0, so it does not matter what else the input holds at padding: zeros, or the
+outputs of the layer below. The final states are those after the last real step, except the hidden state of an LSTM,
+whose output gate stays open: it is gathered from the outputs. A reverse direction starts with the padding, and holds
+its initial state there.
+
+cuDNN is called through ``torch.lstm`` and ``torch.gru``: autograd, autocast and their errors are torch's. Both run on
+a CPU as well, where the tests compare them with torch's packed layers.
+
+Shapes: L layers, B sequences, T steps in the longest one, N rows of ``data``, D inputs, H hidden units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_HOLD = 1e4  # fits into float16, whose largest number is 65504
+#: By the mode, for each gate in torch's order, the weight of the column.
+_COLUMNS = {"LSTM": (-_HOLD, _HOLD, 0.0, 0.0), "GRU": (0.0, _HOLD, 0.0)}
+
+
+def is_held_faster(
+    mode: str, dtype: torch.dtype, width: int, sizes: Sequence[int], directions: int, device: torch.device
+) -> bool:
+    """Return whether this takes less time than torch's own layers over a PackedSequence, and not much more memory.
+
+    Measured with a prototype (H200, torch 2.11, forward and backward): 0.2 to 0.4 of torch's packed time for 32
+    sequences or more and widths up to 128, 0.8 for 2 sequences or a width of 192. Beyond that, torch selects the
+    standard algorithm for padded data as well (``get_algo`` in torch's ``cudnn/RNN.cpp``), which took 1.4 to 2.2. In
+    half precision, an LSTM over one direction has another persistent kernel, which took 0.4 to 0.55.
+
+    Args:
+        mode: ``nn.RNNBase.mode``.
+        dtype: of the computation: float16 under autocast, whatever dtype autocast has.
+        width: H.
+        sizes: ``batch_sizes``.
+        directions: 1 or 2.
+        device: of ``data``.
+    """
+    steps, sequences = len(sizes), sizes[0]
+    # A call costs as much as some 40 steps of the standard algorithm; and padding costs memory.
+    if mode not in _COLUMNS or steps * directions < 48 or steps * sequences > 16 * sum(sizes):
+        return False
+    if dtype not in (torch.float32, torch.float16):
+        return False
+    if width <= 128:
+        return sequences <= 256
+    if mode != "LSTM":
+        return False
+    if dtype == torch.float32:
+        return width <= 192 and sequences <= 64
+    fits = width % 128 == 0 and width <= 1024 and sequences % 8 == 0 and sequences <= 128
+    return fits and directions == 1 and _has_persistent_half(device)
+
+
+@lru_cache
+def _has_persistent_half(device: torch.device) -> bool:
+    # As in `use_persist_device_heuristics` (`cudnn/RNN.cpp`); Volta, of which it takes some shapes, is left out.
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major >= 8 and properties.minor != 6 and properties.multi_processor_count >= 98
+
+
+def run_held(
+    mode: str,
+    data: Tensor,
+    batch_sizes: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Sequence[Tensor | None]],
+    *,
+    bidirectional: bool,
+    dropout: float = 0.0,
+    training: bool = True,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the last layer's outputs ``[N, O]`` and the final states ``[L, B, H]``; all in sorted order.
+
+    Args:
+        mode: "LSTM" or "GRU".
+        data: ``[N, D]``.
+        batch_sizes: int64 ``[T]`` on the CPU.
+        states: the initial states, each ``[L, B, H]``; empty for zeros. A bidirectional LSTM takes only zeros: the
+            padding before its reverse direction would not hold another hidden state.
+        weights: of every layer and direction the two weights, and the two biases or None twice.
+        bidirectional: whether every second one of ``weights`` is of a reverse direction.
+        dropout: between the layers. cuDNN draws in an order of its own, so the draws are not those of torch's layer.
+        training: whether dropout is on; cuDNN allows a backward only then.
+    """
+    directions, width = 1 + bidirectional, weights[0][1].shape[1]  # type: ignore[union-attr]
+    surroundings = _surroundings(data.device)
+    rows, ends, padding = _places(batch_sizes.numpy(), directions, data, surroundings)
+    steps, sequences = padding.shape[:2]
+    # torch's other persistent kernel asks for multiples of 128.
+    multiple = 128 if width > 128 and width % 128 == 0 else 8
+    function: Any = torch.lstm if mode == "LSTM" else torch.gru
+    finals: list[list[Tensor]] = [[], []] if mode == "LSTM" else [[]]
+    inputs = data.new_zeros(steps * sequences, data.shape[1]).index_copy_(0, rows, data).view(steps, sequences, -1)
+    for number in range(0, len(weights), directions):
+        columns = multiple - inputs.shape[2] % multiple
+        padding = padding.to(inputs.dtype)
+        if states:
+            start = [state[number : number + directions] for state in states]
+        else:
+            zeros = _zeros((directions, sequences, width), inputs.dtype, surroundings)
+            start = [zeros] * len(finals)
+        output, *final = function(
+            torch.cat([inputs, padding.expand(-1, -1, columns)], 2),
+            start if mode == "LSTM" else start[0],
+            _with_columns(mode, columns, weights[number : number + directions], surroundings),
+            True,
+            1,
+            0.0,
+            training,
+            bidirectional,
+            False,
+        )
+        if mode == "LSTM":
+            final[0] = output.reshape(-1, width).index_select(0, ends).view(directions, sequences, width)
+        for all_finals, one in zip(finals, final, strict=True):
+            all_finals.append(one)
+        is_last = number + directions == len(weights)
+        inputs = torch.dropout(output, dropout, True) if dropout and training and not is_last else output
+    output = inputs.flatten(0, 1).index_select(0, rows)
+    return output, [final[0] if len(final) == 1 else torch.cat(final) for final in finals]
+
+
+class _Places(NamedTuple):
+    """Where the rows of a packing are in a padded tensor ``[T * B, D]``.
+
+    Attributes:
+        rows: of every row of ``data``: int64 ``[N]``.
+        ends: of the last state of every direction and sequence, in ``[T * B * directions]``: int64.
+        padding: 1 at padding and 0 elsewhere, ``[T, B, 1]`` in the dtype of the data.
+    """
+
+    rows: Tensor
+    ends: Tensor
+    padding: Tensor
+
+
+_kept: tuple[Any, _Places] | None = None
+
+
+def _places(sizes: Any, directions: int, like: Tensor, surroundings: Any) -> _Places:
+    """Return the places of a packing; those of the last one are kept, for other layers over it."""
+    global _kept
+    key = (sizes.tobytes(), directions, like.dtype, surroundings)
+    kept = _kept
+    if kept is not None and kept[0] == key:
+        return kept[1]
+    steps, sequences = len(sizes), int(sizes[0])
+    real = np.arange(sequences) < sizes[:, None]
+    rows = real.reshape(-1).nonzero()[0]
+    # As many sequences end with a step as there are fewer in the next one; those with the highest rank end first.
+    ends = np.arange(steps).repeat(sizes - np.append(sizes[1:], 0))[::-1] * sequences + np.arange(sequences)
+    if directions == 2:
+        ends = np.concatenate([2 * ends, 2 * np.arange(sequences) + 1])
+    # One buffer, which takes one copy to the device, that waits for nothing.
+    total = len(rows)
+    split = 8 * (total + len(ends))
+    size = split + steps * sequences * like.element_size()
+    buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=like.is_cuda)
+    np.concatenate([rows, ends], out=buffer[:split].view(torch.int64).numpy())
+    buffer[split:].view(like.dtype).view(steps, sequences).copy_(torch.from_numpy(~real))
+    buffer = buffer.to(like.device, non_blocking=True)
+    indices, padding = buffer[:split].view(torch.int64), buffer[split:].view(like.dtype)
+    places = _Places(indices[:total], indices[total:], padding.view(steps, sequences, 1))
+    _kept = key, places
+    return places
+
+
+def _surroundings(device: torch.device) -> tuple[Any, ...]:
+    """Return what a tensor that is kept must have in common with the next call: device, stream, inference mode."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    return device, stream, torch.is_inference_mode_enabled()
+
+
+@lru_cache(maxsize=32)
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, surroundings: Any) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=surroundings[0])
+
+
+@lru_cache(maxsize=32)
+def _column(mode: str, width: int, columns: int, dtype: torch.dtype, surroundings: Any) -> Tensor:
+    """Return the constant weights of the added columns, ``[gates * H, columns]``."""
+    column = torch.zeros(len(_COLUMNS[mode]), width, columns, dtype=dtype, device=surroundings[0])
+    for gate, value in zip(column, _COLUMNS[mode], strict=True):
+        gate[:, 0] = value
+    return column.flatten(0, 1)
+
+
+def _with_columns(
+    mode: str, columns: int, weights: Sequence[Sequence[Tensor | None]], surroundings: Any
+) -> Sequence[Tensor]:
+    """Return the weights and biases of all directions of a layer, with the columns, as cuDNN wants them."""
+    gates, width = weights[0][1].shape  # type: ignore[union-attr]
+    dtype = weights[0][1].dtype  # type: ignore[union-attr]
+    column = _column(mode, width, columns, dtype, surroundings)
+    no_bias = _zeros((gates,), dtype, surroundings)
+    tensors = [no_bias if tensor is None else tensor for one in weights for tensor in one]
+    # Autocast casts and flattens what is not in half precision; torch warns of, and copies, other weights that do not
+    # lie in one buffer.
+    if torch.is_autocast_enabled() and dtype != torch.float16:
+        return [tensor if index % 4 else torch.cat([tensor, column], 1) for index, tensor in enumerate(tensors)]
+    flat: tuple[Tensor, ...] = _Flat.apply(column, *tensors)
+    return flat
+
+
+class _Flat(torch.autograd.Function):
+    """``apply(column, *weights)``: copies in one buffer and in cuDNN's order, all weights before all biases.
+
+    The first weight of every direction gets the column. For the backward, the weights are saved as torch's own layer
+    saves them: it raises if one is changed in place before it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, column: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*weights)
+        ctx.columns = column.shape[1]
+        wide = [weight if index % 4 else torch.cat([weight, column], 1) for index, weight in enumerate(weights)]
+        order = sorted(range(len(wide)), key=lambda index: index % 4 > 1)
+        flat = torch.cat([wide[index].reshape(-1) for index in order])
+        for index, part in zip(order, flat.split_with_sizes([wide[index].numel() for index in order]), strict=True):
+            wide[index] = part.view(wide[index].shape)
+        return tuple(wide)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors  # where their versions are compared
+        # By the number of columns, not by the weights, whose `data` may be elsewhere by now.
+        narrow = [
+            gradient if gradient is None or index % 4 else gradient.narrow(1, 0, gradient.shape[1] - ctx.columns)
+            for index, gradient in enumerate(gradients)
+        ]
+        return None, *narrow
