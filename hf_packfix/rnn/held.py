@@ -23,15 +23,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_HOLD = 1e4  # fits into float16, whose largest number is 65504
-#: By the mode, for each gate in torch's order, the weight of the column.
-_COLUMNS = {"LSTM": (-_HOLD, _HOLD, 0.0, 0.0), "GRU": (0.0, _HOLD, 0.0)}
+#: What the column adds to each gate, in torch's order. float16 ends at 65504.
+_COLUMNS = {"LSTM": (-1e4, 1e4, 0.0, 0.0), "GRU": (0.0, 1e4, 0.0)}
+
+
+def uses_cudnn(data: Tensor) -> bool:
+    """Return whether torch gives recurrent layers over this tensor to cuDNN, and they are not captured in a graph."""
+    return (
+        data.is_cuda
+        and torch.version.hip is None
+        and torch.backends.cudnn.is_acceptable(data)
+        and not torch.cuda.is_current_stream_capturing()
+    )
 
 
 def is_held_faster(
@@ -46,7 +55,7 @@ def is_held_faster(
 
     Args:
         mode: ``nn.RNNBase.mode``.
-        dtype: of the computation: float16 under autocast, whatever dtype autocast has.
+        dtype: of the computation: under autocast float16, whatever dtype autocast has.
         width: H.
         sizes: ``batch_sizes``.
         directions: 1 or 2.
@@ -60,7 +69,7 @@ def is_held_faster(
         return False
     if width <= 128:
         return sequences <= 256
-    if mode != "LSTM":
+    if mode == "GRU":
         return False
     if dtype == torch.float32:
         return width <= 192 and sequences <= 64
@@ -70,7 +79,7 @@ def is_held_faster(
 
 @lru_cache
 def _has_persistent_half(device: torch.device) -> bool:
-    # As in `use_persist_device_heuristics` (`cudnn/RNN.cpp`); Volta, of which it takes some shapes, is left out.
+    # As in `use_persist_device_heuristics` (`cudnn/RNN.cpp`), without Volta, on which it depends on the shape.
     properties = torch.cuda.get_device_properties(device)
     return properties.major >= 8 and properties.minor != 6 and properties.multi_processor_count >= 98
 
@@ -100,10 +109,12 @@ def run_held(
         training: whether dropout is on; cuDNN allows a backward only then.
     """
     directions, width = 1 + bidirectional, weights[0][1].shape[1]  # type: ignore[union-attr]
-    surroundings = _surroundings(data.device)
-    rows, ends, padding = _places(batch_sizes.numpy(), directions, data, surroundings)
+    stream = torch.cuda.current_stream(data.device).cuda_stream if data.is_cuda else None
+    # What a tensor that is kept must have in common with the next call.
+    where = (data.device, stream, torch.is_inference_mode_enabled())
+    rows, ends, padding = _places(batch_sizes.numpy(), directions, data, where)
     steps, sequences = padding.shape[:2]
-    # torch's other persistent kernel asks for multiples of 128.
+    # torch takes the persistent kernel of wide layers for multiples of 128.
     multiple = 128 if width > 128 and width % 128 == 0 else 8
     function: Any = torch.lstm if mode == "LSTM" else torch.gru
     finals: list[list[Tensor]] = [[], []] if mode == "LSTM" else [[]]
@@ -114,12 +125,11 @@ def run_held(
         if states:
             start = [state[number : number + directions] for state in states]
         else:
-            zeros = _zeros((directions, sequences, width), inputs.dtype, surroundings)
-            start = [zeros] * len(finals)
+            start = [_zeros((directions, sequences, width), inputs.dtype, where)] * len(finals)
         output, *final = function(
             torch.cat([inputs, padding.expand(-1, -1, columns)], 2),
             start if mode == "LSTM" else start[0],
-            _with_columns(mode, columns, weights[number : number + directions], surroundings),
+            _with_column(mode, columns, weights[number : number + directions], where),
             True,
             1,
             0.0,
@@ -133,34 +143,24 @@ def run_held(
             all_finals.append(one)
         is_last = number + directions == len(weights)
         inputs = torch.dropout(output, dropout, True) if dropout and training and not is_last else output
-    output = inputs.flatten(0, 1).index_select(0, rows)
-    return output, [final[0] if len(final) == 1 else torch.cat(final) for final in finals]
+    return inputs.flatten(0, 1).index_select(0, rows), [one[0] if len(one) == 1 else torch.cat(one) for one in finals]
 
 
-class _Places(NamedTuple):
-    """Where the rows of a packing are in a padded tensor ``[T * B, D]``.
+_kept: tuple[Any, Any] = (None, None)
 
-    Attributes:
-        rows: of every row of ``data``: int64 ``[N]``.
-        ends: of the last state of every direction and sequence, in ``[T * B * directions]``: int64.
-        padding: 1 at padding and 0 elsewhere, ``[T, B, 1]`` in the dtype of the data.
+
+def _places(sizes: Any, directions: int, like: Tensor, where: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where the rows of a packing are in a padded tensor; what the last call returned is kept for other layers.
+
+    Returns:
+        The place in ``[T * B]`` of every row of ``data``; the place in ``[T * B * directions]`` of the last state of
+        every direction and sequence; and 1 at padding, 0 elsewhere, ``[T, B, 1]`` in the dtype of ``like``.
     """
-
-    rows: Tensor
-    ends: Tensor
-    padding: Tensor
-
-
-_kept: tuple[Any, _Places] | None = None
-
-
-def _places(sizes: Any, directions: int, like: Tensor, surroundings: Any) -> _Places:
-    """Return the places of a packing; those of the last one are kept, for other layers over it."""
     global _kept
-    key = (sizes.tobytes(), directions, like.dtype, surroundings)
-    kept = _kept
-    if kept is not None and kept[0] == key:
-        return kept[1]
+    key = (sizes.tobytes(), directions, like.dtype, where)
+    kept, places = _kept
+    if kept == key:
+        return places  # type: ignore[no-any-return]
     steps, sequences = len(sizes), int(sizes[0])
     real = np.arange(sequences) < sizes[:, None]
     rows = real.reshape(-1).nonzero()[0]
@@ -168,62 +168,51 @@ def _places(sizes: Any, directions: int, like: Tensor, surroundings: Any) -> _Pl
     ends = np.arange(steps).repeat(sizes - np.append(sizes[1:], 0))[::-1] * sequences + np.arange(sequences)
     if directions == 2:
         ends = np.concatenate([2 * ends, 2 * np.arange(sequences) + 1])
-    # One buffer, which takes one copy to the device, that waits for nothing.
-    total = len(rows)
-    split = 8 * (total + len(ends))
-    size = split + steps * sequences * like.element_size()
-    buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=like.is_cuda)
+    # One buffer, so that one copy moves it, from pinned memory, which nothing waits for.
+    split, size = 8 * (len(rows) + len(ends)), real.size * like.element_size()
+    buffer = torch.empty(split + size, dtype=torch.uint8, device="cpu", pin_memory=like.is_cuda)
     np.concatenate([rows, ends], out=buffer[:split].view(torch.int64).numpy())
-    buffer[split:].view(like.dtype).view(steps, sequences).copy_(torch.from_numpy(~real))
+    buffer[split:].view(like.dtype).view(real.shape).copy_(torch.from_numpy(~real))
     buffer = buffer.to(like.device, non_blocking=True)
     indices, padding = buffer[:split].view(torch.int64), buffer[split:].view(like.dtype)
-    places = _Places(indices[:total], indices[total:], padding.view(steps, sequences, 1))
+    places = indices[: len(rows)], indices[len(rows) :], padding.view(steps, sequences, 1)
     _kept = key, places
     return places
 
 
-def _surroundings(device: torch.device) -> tuple[Any, ...]:
-    """Return what a tensor that is kept must have in common with the next call: device, stream, inference mode."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-    return device, stream, torch.is_inference_mode_enabled()
+@lru_cache(maxsize=32)
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, where: tuple[Any, ...]) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=where[0])
 
 
 @lru_cache(maxsize=32)
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, surroundings: Any) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, device=surroundings[0])
-
-
-@lru_cache(maxsize=32)
-def _column(mode: str, width: int, columns: int, dtype: torch.dtype, surroundings: Any) -> Tensor:
-    """Return the constant weights of the added columns, ``[gates * H, columns]``."""
-    column = torch.zeros(len(_COLUMNS[mode]), width, columns, dtype=dtype, device=surroundings[0])
+def _column(mode: str, width: int, columns: int, dtype: torch.dtype, where: tuple[Any, ...]) -> Tensor:
+    """Return the weights of the added columns, ``[gates * H, columns]``; all but the first are zero."""
+    column = torch.zeros(len(_COLUMNS[mode]), width, columns, dtype=dtype, device=where[0])
     for gate, value in zip(column, _COLUMNS[mode], strict=True):
         gate[:, 0] = value
     return column.flatten(0, 1)
 
 
-def _with_columns(
-    mode: str, columns: int, weights: Sequence[Sequence[Tensor | None]], surroundings: Any
+def _with_column(
+    mode: str, columns: int, weights: Sequence[Sequence[Tensor | None]], where: tuple[Any, ...]
 ) -> Sequence[Tensor]:
-    """Return the weights and biases of all directions of a layer, with the columns, as cuDNN wants them."""
-    gates, width = weights[0][1].shape  # type: ignore[union-attr]
+    """Return the weights and biases of all directions of a layer, with the added columns."""
+    height, width = weights[0][1].shape  # type: ignore[union-attr]
     dtype = weights[0][1].dtype  # type: ignore[union-attr]
-    column = _column(mode, width, columns, dtype, surroundings)
-    no_bias = _zeros((gates,), dtype, surroundings)
+    column, no_bias = _column(mode, width, columns, dtype, where), _zeros((height,), dtype, where)
     tensors = [no_bias if tensor is None else tensor for one in weights for tensor in one]
-    # Autocast casts and flattens what is not in half precision; torch warns of, and copies, other weights that do not
-    # lie in one buffer.
-    if torch.is_autocast_enabled() and dtype != torch.float16:
+    if torch.is_autocast_enabled() and dtype != torch.float16:  # which casts and flattens them
         return [tensor if index % 4 else torch.cat([tensor, column], 1) for index, tensor in enumerate(tensors)]
-    flat: tuple[Tensor, ...] = _Flat.apply(column, *tensors)
+    flat: tuple[Tensor, ...] = _Flat.apply(column, *tensors)  # type: ignore[no-untyped-call]
     return flat
 
 
 class _Flat(torch.autograd.Function):
-    """``apply(column, *weights)``: copies in one buffer and in cuDNN's order, all weights before all biases.
+    """``apply(column, *weights)``: copies of the weights in one buffer, in cuDNN's order, with the added columns.
 
-    The first weight of every direction gets the column. For the backward, the weights are saved as torch's own layer
-    saves them: it raises if one is changed in place before it.
+    torch warns of weights that are not in one buffer, and copies them. As in its own layers, a backward raises if a
+    weight was changed in place after the forward.
     """
 
     @staticmethod
@@ -232,7 +221,7 @@ class _Flat(torch.autograd.Function):
         ctx.save_for_backward(*weights)
         ctx.columns = column.shape[1]
         wide = [weight if index % 4 else torch.cat([weight, column], 1) for index, weight in enumerate(weights)]
-        order = sorted(range(len(wide)), key=lambda index: index % 4 > 1)
+        order = sorted(range(len(wide)), key=lambda index: index % 4 > 1)  # all weights before all biases
         flat = torch.cat([wide[index].reshape(-1) for index in order])
         for index, part in zip(order, flat.split_with_sizes([wide[index].numel() for index in order]), strict=True):
             wide[index] = part.view(wide[index].shape)
@@ -240,10 +229,9 @@ class _Flat(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors  # where their versions are compared
-        # By the number of columns, not by the weights, whose `data` may be elsewhere by now.
-        narrow = [
+        _ = ctx.saved_tensors  # raises
+        # By the number of columns, not by the shapes of the weights, whose `data` may have been replaced.
+        return None, *(
             gradient if gradient is None or index % 4 else gradient.narrow(1, 0, gradient.shape[1] - ctx.columns)
             for index, gradient in enumerate(gradients)
-        ]
-        return None, *narrow
+        )

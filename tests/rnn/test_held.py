@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -177,7 +177,9 @@ def test_weights_that_autocast_flattens(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_are_computed(kind):
-    layer = parametrizations.weight_norm(new_layer(kind), "weight_hh_l0")
+    layer = new_layer(kind)
+    parametrize.register_parametrization(layer, "weight_ih_l0", nn.Tanh())
+    parametrize.register_parametrization(layer, "weight_hh_l0", nn.Tanh())
     assert_as_torch(layer, new_packed())
 
 
@@ -358,7 +360,17 @@ def test_dropout_is_between_layers(kind, monkeypatch):
 class Operations(TorchDispatchMode):
     """Lists the operations that a GPU runs a kernel for."""
 
-    VIEWS = ("detach", "view", "slice", "select", "expand", "unsqueeze", "split_with_sizes", "_unsafe_view")
+    VIEWS = (
+        "detach",
+        "view",
+        "slice",
+        "select",
+        "expand",
+        "unsqueeze",
+        "split_with_sizes",
+        "_unsafe_view",
+        "is_same_size",
+    )
 
     def __init__(self) -> None:
         super().__init__()
