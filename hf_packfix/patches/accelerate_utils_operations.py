@@ -33,6 +33,7 @@ __all__ = [
     "get_shape",
     "initialize_tensors",
     "pad_across_processes",
+    "send_to_device",
     "slice_tensors",
 ]
 
@@ -125,6 +126,26 @@ def concatenate(original: Function, data: Any, dim: int = 0) -> Any:
     if dim != 0:
         raise TypeError(f"a PackedSequence can be concatenated along the batch (dim 0) alone, found dim {dim}")
     return jagged.concatenate(data)
+
+
+def _shares_indices(original: Function) -> bool:
+    first, second = original([probe.packed(), probe.packed()], torch.device("meta"))
+    return first.sorted_indices is second.sorted_indices
+
+
+@around(
+    "accelerate.utils.operations:send_to_device",
+    parameters=("tensor",),
+    problem="moves three tensors for every PackedSequence, one by one, and waits for each",
+    fix="moves data; index tensors follow in one copy, the same one for all keys with the same lengths",
+    upstream_supports=_shares_indices,
+)
+def send_to_device(original: Function, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Move ``data`` as the original moves a tensor."""
+    if not trees.contains(tensor):
+        return original(tensor, *args, **kwargs)
+    moved = original(trees.map_packed(lambda leaf: leaf.data, tensor), *args, **kwargs)
+    return trees.merge_packed(packed.with_data, tensor, moved)
 
 
 @dataclass(frozen=True)
