@@ -105,7 +105,7 @@ def run_held(
             padding before its reverse direction would not hold another hidden state.
         weights: of every layer and direction the two weights, and the two biases or None twice.
         bidirectional: whether every second one of ``weights`` is of a reverse direction.
-        dropout: between the layers. cuDNN draws in an order of its own, so the draws are not those of torch's layer.
+        dropout: between the layers. torch's packed layer draws it inside cuDNN, so the draws differ.
         training: whether dropout is on; cuDNN allows a backward only then.
     """
     directions, width = 1 + bidirectional, weights[0][1].shape[1]  # type: ignore[union-attr]
@@ -154,10 +154,10 @@ def _places(sizes: Any, directions: int, like: Tensor, where: tuple[Any, ...]) -
 
     Returns:
         The place in ``[T * B]`` of every row of ``data``; the place in ``[T * B * directions]`` of the last state of
-        every direction and sequence; and 1 at padding, 0 elsewhere, ``[T, B, 1]`` in the dtype of ``like``.
+        every direction and sequence; and 1 at padding, 0 elsewhere, ``[T, B, 1]`` in a floating-point dtype.
     """
     global _kept
-    key = (sizes.tobytes(), directions, like.dtype, where)
+    key = (sizes.tobytes(), directions, where)
     kept, places = _kept
     if kept == key:
         return places  # type: ignore[no-any-return]
@@ -217,7 +217,6 @@ class _Flat(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, column: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*weights)
         ctx.columns = column.shape[1]
         wide = [weight if index % 4 else torch.cat([weight, column], 1) for index, weight in enumerate(weights)]
@@ -228,10 +227,10 @@ class _Flat(torch.autograd.Function):
         return tuple(wide)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors  # raises
         # By the number of columns, not by the shapes of the weights, whose `data` may have been replaced.
         return None, *(
-            gradient if gradient is None or index % 4 else gradient.narrow(1, 0, gradient.shape[1] - ctx.columns)
+            gradient if index % 4 else gradient.narrow(1, 0, gradient.shape[1] - ctx.columns)
             for index, gradient in enumerate(gradients)
         )
