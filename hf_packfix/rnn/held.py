@@ -87,7 +87,7 @@ def _has_persistent_half(device: torch.device) -> bool:
 def run_held(
     mode: str,
     data: Tensor,
-    batch_sizes: Tensor,
+    sizes: list[int],
     states: Sequence[Tensor],
     weights: Sequence[Sequence[Tensor | None]],
     *,
@@ -100,7 +100,7 @@ def run_held(
     Args:
         mode: "LSTM" or "GRU".
         data: ``[N, D]``.
-        batch_sizes: int64 ``[T]`` on the CPU.
+        sizes: ``batch_sizes``, T of them.
         states: the initial states, each ``[L, B, H]``; empty for zeros. A bidirectional LSTM takes only zeros: the
             padding before its reverse direction would not hold another hidden state.
         weights: of every layer and direction the two weights, and the two biases or None twice.
@@ -112,7 +112,7 @@ def run_held(
     stream = torch.cuda.current_stream(data.device).cuda_stream if data.is_cuda else None
     # What a tensor that is kept must have in common with the next call.
     where = (data.device, stream, torch.is_inference_mode_enabled())
-    rows, ends, padding = _places(batch_sizes.numpy(), directions, data, where)
+    rows, ends, padding = _places(sizes, directions, data, where)
     steps, sequences = padding.shape[:2]
     # torch takes the persistent kernel of wide layers for multiples of 128.
     multiple = 128 if width > 128 and width % 128 == 0 else 8
@@ -149,7 +149,7 @@ def run_held(
 _kept: tuple[Any, Any] = (None, None)
 
 
-def _places(sizes: Any, directions: int, like: Tensor, where: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _places(sizes: list[int], directions: int, like: Tensor, where: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Return where the rows of a packing are in a padded tensor; what the last call returned is kept for other layers.
 
     Returns:
@@ -157,22 +157,24 @@ def _places(sizes: Any, directions: int, like: Tensor, where: tuple[Any, ...]) -
         every direction and sequence; and 1 at padding, 0 elsewhere, ``[T, B, 1]`` in a floating-point dtype.
     """
     global _kept
-    key = (sizes.tobytes(), directions, where)
+    key = (sizes, directions, where)
     kept, places = _kept
     if kept == key:
         return places  # type: ignore[no-any-return]
-    steps, sequences = len(sizes), int(sizes[0])
-    real = np.arange(sequences) < sizes[:, None]
+    steps, sequences, counts = len(sizes), sizes[0], np.array(sizes)
+    real = np.arange(sequences) < counts[:, None]
     rows = real.reshape(-1).nonzero()[0]
     # As many sequences end with a step as there are fewer in the next one; those with the highest rank end first.
-    ends = np.arange(steps).repeat(sizes - np.append(sizes[1:], 0))[::-1] * sequences + np.arange(sequences)
+    ends = np.arange(steps).repeat(counts - np.append(counts[1:], 0))[::-1] * sequences + np.arange(sequences)
     if directions == 2:
         ends = np.concatenate([2 * ends, 2 * np.arange(sequences) + 1])
-    # One buffer, so that one copy moves it, from pinned memory, which nothing waits for.
-    split, size = 8 * (len(rows) + len(ends)), real.size * like.element_size()
+    # One buffer, so that one copy moves it, from pinned memory, which nothing waits for. `Tensor.numpy` would not do:
+    # torch before 2.3 cannot share memory with numpy 2.
+    indices = torch.frombuffer(np.concatenate([rows, ends]), dtype=torch.uint8)
+    split, size = len(indices), real.size * like.element_size()
     buffer = torch.empty(split + size, dtype=torch.uint8, device="cpu", pin_memory=like.is_cuda)
-    np.concatenate([rows, ends], out=buffer[:split].view(torch.int64).numpy())
-    buffer[split:].view(like.dtype).view(real.shape).copy_(torch.from_numpy(~real))
+    buffer[:split].copy_(indices)
+    buffer[split:].view(like.dtype).copy_(torch.frombuffer(~real, dtype=torch.bool))
     buffer = buffer.to(like.device, non_blocking=True)
     indices, padding = buffer[:split].view(torch.int64), buffer[split:].view(like.dtype)
     places = indices[: len(rows)], indices[len(rows) :], padding.view(steps, sequences, 1)

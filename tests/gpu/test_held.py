@@ -60,7 +60,7 @@ def by_torch(layer: nn.RNNBase, packed: PackedSequence) -> Results:
 def by_held(layer: nn.RNNBase, packed: PackedSequence) -> Results:
     weights = [[*tensors, *([] if layer.bias else [None, None])] for tensors in layer.all_weights]
     output, states = held.run_held(
-        layer.mode, packed.data, packed.batch_sizes, [], weights, bidirectional=layer.bidirectional
+        layer.mode, packed.data, packed.batch_sizes.tolist(), [], weights, bidirectional=layer.bidirectional
     )
     return [output, *(state.index_select(1, packed.unsorted_indices) for state in states)]
 

@@ -220,8 +220,8 @@ MODELS = [
 def test_a_training_step_reads_nothing_from_the_device(a_step, kind, collate):
     data: list[Row] = rows(6, labels="row" if kind is RecurrentForSequenceClassification else "tokens")
     step = a_step(kind, by_accelerate(collate(data)))
-    # A language model looks up the steps before, whose places are computed on the CPU; they do not wait.
-    assert moves(step) == {RecurrentForCausalLM: 2, encoder_decoder: 1}.get(kind, 0)
+    # A language model looks up the steps before, also to count labels; their places come from the CPU without waiting.
+    assert moves(step) <= {RecurrentForCausalLM: 2, encoder_decoder: 1}.get(kind, 0)
 
 
 @pytest.mark.parametrize("kind", [RecurrentForTokenClassification, Tagger])

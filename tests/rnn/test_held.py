@@ -48,7 +48,7 @@ def ours(layer: nn.RNNBase, packed: PackedSequence, state: tuple[Tensor, ...] = 
     output, finals = run_held(
         layer.mode,
         packed.data,
-        packed.batch_sizes,
+        packed.batch_sizes.tolist(),
         state,
         weights,
         bidirectional=layer.bidirectional,
@@ -294,16 +294,13 @@ def test_a_weight_that_is_changed_in_place_is_an_error(kind, name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_data_and_lengths_that_are_changed_in_place(kind):
+def test_data_that_is_changed_in_place(kind):
     layer, packed = new_layer(kind), new_packed()
     expected = gradients(torchs(layer, packed), list(layer.parameters()))
     results = ours(layer, packed)
     with torch.no_grad():
         packed.data.zero_()
-    sizes = packed.batch_sizes.clone()
-    packed.batch_sizes.zero_()
     assert_close(gradients(results, list(layer.parameters())), expected)
-    packed.batch_sizes.copy_(sizes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -315,7 +312,7 @@ def test_gradients_of_gradients(kind):
 
     def function(data: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         all_weights = [list(weights[index : index + 4]) for index in range(0, len(weights), 4)]
-        output, finals = run_held(kind, data, packed.batch_sizes, [], all_weights, bidirectional=True)
+        output, finals = run_held(kind, data, packed.batch_sizes.tolist(), [], all_weights, bidirectional=True)
         return output, *finals
 
     assert names[:4] == ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
