@@ -201,7 +201,7 @@ def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
 
 
 #: Where index tensors were moved last, both of them on the CPU, and what they are there.
-_last_moved: tuple[Any, Tensor, Any] | None = None
+_last_moved: tuple[Any, Any, Any] | None = None
 
 
 def _move_indices(there: Tensor, back: Tensor, device: torch.device) -> Any:
@@ -212,15 +212,18 @@ def _move_indices(there: Tensor, back: Tensor, device: torch.device) -> Any:
     """
     global _last_moved
     ordinary = type(there) is type(back) is Tensor and there.is_cpu and back.is_cpu and there.shape == back.shape
-    if not ordinary or there.dtype != back.dtype or torch.is_inference_mode_enabled():
+    if not ordinary or not there.dtype == back.dtype == torch.int64 or torch.is_inference_mode_enabled():
         return there.to(device), back.to(device)
     where = device, torch.cuda.current_stream(device) if device.type == "cuda" else None
-    both, last = torch.stack([there, back]), _last_moved
-    if last is not None and last[0] == where and last[2][0]._version == 0 and torch.equal(last[1], both):
-        return last[2]
+    last = _last_moved
+    if last is not None and last[0] == where:
+        _, values, moved = last
+        if moved[0]._version == 0 and torch.equal(values[0], there) and torch.equal(values[1], back):
+            return moved
+    both = torch.stack([there, back])
     moved = move_without_waiting(both, device).unbind()
     if type(moved[0]) is Tensor:  # not a fake one
-        _last_moved = where, both, moved
+        _last_moved = where, both.unbind(), moved
     return moved
 
 

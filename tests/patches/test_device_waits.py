@@ -151,6 +151,8 @@ def test_index_tensors_keep_their_values():
         assert torch.equal(there, batch.sorted_indices)
         assert torch.equal(back, batch.unsorted_indices)
     assert by_accelerate([some_packed(sort=True)])[0].sorted_indices is None
+    wrong = batch._replace(sorted_indices=batch.sorted_indices.int(), unsorted_indices=batch.unsorted_indices.int())
+    assert by_accelerate(wrong).sorted_indices.dtype == torch.int32  # which a check finds
 
 
 def test_a_gpu_copies_from_pinned_memory_while_the_program_goes_on(monkeypatch):
