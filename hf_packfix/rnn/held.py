@@ -73,15 +73,10 @@ def is_held_faster(
         return False
     if dtype == torch.float32:
         return width <= 192 and sequences <= 64
-    fits = width % 128 == 0 and width <= 1024 and sequences % 8 == 0 and sequences <= 128
-    return fits and directions == 1 and _has_persistent_half(device)
-
-
-@lru_cache
-def _has_persistent_half(device: torch.device) -> bool:
+    fits = width % 128 == 0 and width <= 1024 and sequences % 8 == 0 and sequences <= 128 and directions == 1
     # As in `use_persist_device_heuristics` (`cudnn/RNN.cpp`), without Volta, on which it depends on the shape.
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major >= 8 and properties.minor != 6 and properties.multi_processor_count >= 98
+    gpu = torch.cuda.get_device_properties(device) if fits else None
+    return gpu is not None and gpu.major >= 8 and gpu.minor != 6 and gpu.multi_processor_count >= 98
 
 
 def run_held(
@@ -130,12 +125,7 @@ def run_held(
             torch.cat([inputs, padding.expand(-1, -1, columns)], 2),
             start if mode == "LSTM" else start[0],
             _with_column(mode, columns, weights[number : number + directions], where),
-            True,
-            1,
-            0.0,
-            training,
-            bidirectional,
-            False,
+            *(True, 1, 0.0, training, bidirectional, False),
         )
         if mode == "LSTM":
             final[0] = output.reshape(-1, width).index_select(0, ends).view(directions, sequences, width)

@@ -472,7 +472,6 @@ def faster(mode: str = "LSTM", dtype: Any = torch.float32, width: int = 64, **op
     sizes = options.pop("sizes", [32] * 60)
     properties = mock.Mock(major=9, minor=0, multi_processor_count=132)
     properties.configure_mock(**options.pop("device", {}))
-    held._has_persistent_half.cache_clear()
     with mock.patch("torch.cuda.get_device_properties", return_value=properties):
         return is_held_faster(mode, dtype, width, sizes, options.pop("directions", 1), torch.device("cuda", 0))
 
