@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_packfix.patches import probe
-from hf_packfix.patches.declare import around, on_every_packed
+from hf_packfix.patches.declare import around, on_every_packed, on_leaf
 from hf_packfix.patches.lazily import evaluation, jagged, packed, torch, trees
 from hf_packfix.patches.patch import Function
 
@@ -133,19 +133,16 @@ def _shares_indices(original: Function) -> bool:
     return first.sorted_indices is second.sorted_indices
 
 
-@around(
+@on_leaf(
     "accelerate.utils.operations:send_to_device",
     parameters=("tensor",),
     problem="moves three tensors for every PackedSequence, one by one, and waits for each",
     fix="moves data; index tensors follow in one copy, the same one for all keys with the same lengths",
     upstream_supports=_shares_indices,
 )
-def send_to_device(original: Function, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+def send_to_device(original: Function, leaf: PackedSequence, *args: Any, **kwargs: Any) -> PackedSequence:
     """Move ``data`` as the original moves a tensor."""
-    if not trees.contains(tensor):
-        return original(tensor, *args, **kwargs)
-    moved = original(trees.map_packed(lambda leaf: leaf.data, tensor), *args, **kwargs)
-    return trees.merge_packed(packed.with_data, tensor, moved)
+    return packed.with_data(leaf, original(leaf.data, *args, **kwargs))
 
 
 @dataclass(frozen=True)
