@@ -23,7 +23,7 @@ from hf_packfix.collator.rows import (
     stack,
     without_empty,
 )
-from hf_packfix.packing.jagged import from_jagged, to_jagged
+from hf_packfix.packing.jagged import from_jagged, packed_like, packing_of, to_jagged
 from hf_packfix.packing.packed import PackedSequence, check, num_tokens
 
 __all__ = ["DataCollatorForPackedSequence"]
@@ -121,8 +121,9 @@ class DataCollatorForPackedSequence:
             rows = without_empty(columns, packed)
         if self.enforce_sorted:
             rows = by_length(columns, packed, rows)
+        packings: dict[tuple[int, ...], PackedSequence] = {}
         return {
-            key: self._pack(key, values, rows) if key in packed else stack(key, values, rows)
+            key: self._pack(key, values, rows, packings) if key in packed else stack(key, values, rows)
             for key, values in columns.items()
         }
 
@@ -155,7 +156,10 @@ class DataCollatorForPackedSequence:
             for row in padded:
                 columns[key][row] = columns[key][row][keep[row]]
 
-    def _pack(self, key: str, column: list[Any], rows: list[int]) -> PackedSequence:
+    def _pack(
+        self, key: str, column: list[Any], rows: list[int], packings: dict[tuple[int, ...], PackedSequence]
+    ) -> PackedSequence:
+        """Return the rows of one key as a PackedSequence; keys of the same lengths share all other fields."""
         values = [column[row] for row in rows]
         if any(issubclass(kind, PackedSequence) for kind in set(map(type, values))):
             return self._join(key, values, rows)
@@ -163,8 +167,10 @@ class DataCollatorForPackedSequence:
         if len({shape[1:] for shape in shapes}) > 1 or not all(shape and shape[0] for shape in shapes):
             for row, value in zip(rows, values, strict=True):
                 check_sequence(key, row, value, values[0], rows[0])
-        steps = torch.tensor([shape[0] for shape in shapes], device="cpu")
-        return from_jagged(torch.cat(promote(key, values, rows)), steps, keep_order=self.enforce_sorted)
+        lengths = tuple(shape[0] for shape in shapes)
+        if lengths not in packings:
+            packings[lengths] = packing_of(torch.tensor(lengths, device="cpu"), keep_order=self.enforce_sorted)
+        return packed_like(packings[lengths], torch.cat(promote(key, values, rows)))
 
     def _join(self, key: str, values: list[Any], rows: list[int]) -> PackedSequence:
         """Concatenate rows that are PackedSequences."""

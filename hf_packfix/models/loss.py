@@ -138,4 +138,6 @@ def _cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | 
     if num_items_in_batch is None:
         return functional.cross_entropy(logits, labels, ignore_index=IGNORED)
     total = functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    return total / torch.as_tensor(num_items_in_batch, device=total.device)
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch

@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from hf_packfix.packing.jagged import from_jagged, to_jagged
-from hf_packfix.packing.packed import PackedSequence, batch_size, lengths, pad, same_packing, with_data
+from hf_packfix.packing.packed import (
+    PackedSequence,
+    batch_size,
+    lengths,
+    move_without_waiting,
+    pad,
+    same_packing,
+    with_data,
+)
 
 __all__ = ["Steps", "align", "map_steps", "pack", "previous_rows", "real_steps", "unpack"]
 
@@ -90,7 +98,7 @@ def previous_rows(packed: PackedSequence) -> Tensor:
     """
     sizes = packed.batch_sizes
     rows = torch.arange(batch_size(packed), packed.data.shape[0], device="cpu")
-    return (rows - sizes[:-1].repeat_interleave(sizes[1:])).to(packed.data.device)
+    return move_without_waiting(rows - sizes[:-1].repeat_interleave(sizes[1:]), packed.data.device)
 
 
 def align(packed: PackedSequence, like: PackedSequence, name: str) -> PackedSequence:

@@ -11,9 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_packfix.packing.packed import PackedSequence, check, group_and_place, lengths_by_rank, ranks
+from hf_packfix.packing.packed import (
+    PackedSequence,
+    check,
+    group_and_place,
+    lengths_by_rank,
+    move_without_waiting,
+    ranks,
+    with_data,
+)
 
-__all__ = ["concatenate", "from_jagged", "take", "to_jagged"]
+__all__ = ["concatenate", "from_jagged", "packed_like", "packing_of", "take", "to_jagged"]
 
 
 def to_jagged(packed: PackedSequence) -> tuple[Tensor, Tensor]:
@@ -61,6 +69,11 @@ def from_jagged(values: Tensor, lengths: Tensor, *, keep_order: bool = False) ->
         raise ValueError(
             f"lengths must be at least 1 and sum to the {values.shape[0]} rows of values, found {lengths.tolist()}"
         )
+    return packed_like(packing_of(lengths, keep_order=keep_order), values)
+
+
+def packing_of(lengths: Tensor, *, keep_order: bool = False) -> PackedSequence:
+    """Return how :func:`from_jagged` packs sequences of these lengths; ``data`` has the place of every step."""
     starts = lengths.cumsum(0) - lengths
     if keep_order and bool((lengths[:-1] >= lengths[1:]).all()):
         sorted_indices = None
@@ -70,12 +83,12 @@ def from_jagged(values: Tensor, lengths: Tensor, *, keep_order: bool = False) ->
     # At step t, all sequences are alive but those of at most t steps.
     batch_sizes = lengths.numel() - torch.bincount(lengths).cumsum(0)[:-1]
     step, rank = group_and_place(batch_sizes)
-    source = starts.index_select(0, rank) + step
-    return PackedSequence(
-        values.index_select(0, source.to(values.device)),
-        batch_sizes,
-        None if sorted_indices is None else sorted_indices.to(values.device),
-    )
+    return PackedSequence(starts.index_select(0, rank) + step, batch_sizes, sorted_indices)
+
+
+def packed_like(packing: PackedSequence, values: Tensor) -> PackedSequence:
+    """Return sequences that stand one after the other, packed as :func:`packing_of` says, on their own device."""
+    return with_data(packing, values.index_select(0, move_without_waiting(packing.data, values.device)))
 
 
 def take(packed: PackedSequence, which: slice | Sequence[int]) -> PackedSequence:
@@ -145,4 +158,4 @@ def _gather(packed: PackedSequence, chosen: Tensor) -> tuple[Tensor, Tensor]:
     sequence, step = group_and_place(lengths)
     first_rows = packed.batch_sizes.cumsum(0) - packed.batch_sizes
     source = first_rows.index_select(0, step) + chosen.index_select(0, sequence)
-    return packed.data.index_select(0, source.to(packed.data.device)), lengths
+    return packed.data.index_select(0, move_without_waiting(source, packed.data.device)), lengths

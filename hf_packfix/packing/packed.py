@@ -27,6 +27,7 @@ __all__ = [
     "group_and_place",
     "lengths",
     "lengths_by_rank",
+    "move_without_waiting",
     "num_tokens",
     "pad",
     "pad_left",
@@ -131,7 +132,8 @@ def pad(
     # Written by index rather than with `pad_packed_sequence`: it keeps every dtype, bool included, goes
     # through autograd, and takes the same path for a `total_length`.
     rows, steps_of = _positions(packed)
-    return padded.index_put_((rows.to(packed.data.device), steps_of.to(packed.data.device)), packed.data)
+    places = tuple(move_without_waiting(index, packed.data.device) for index in (rows, steps_of))
+    return padded.index_put_(places, packed.data)
 
 
 def dtype_with(dtype: torch.dtype, value: float) -> torch.dtype:
@@ -180,9 +182,9 @@ def pad_left(packed: PackedSequence, padding_value: float = 0.0) -> Tensor:
 def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
     """Return the same packing around other ``data`` ``[N, *]``, such as a layer's output for every step.
 
-    Index tensors follow the device of ``data``: every field that must move is moved once, ``batch_sizes`` stays on the
-    CPU, and the very same object comes back if nothing changes. Works in eager and in compiled code on every supported
-    torch; ``packed._replace(data=...)`` does not compile on torch 2.15.
+    Index tensors follow the device of ``data``, from the CPU in one copy, which a GPU does not wait for;
+    ``batch_sizes`` stays on the CPU. The very same object comes back if nothing changes. Works in eager and in
+    compiled code on every supported torch; ``packed._replace(data=...)`` does not compile on torch 2.15.
 
     Raises:
         ValueError: ``data`` does not have a row for each of the N steps.
@@ -203,18 +205,62 @@ def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
         )
     # Written out for both, and with no field read twice: every packed batch of every step comes through here.
     if sorted_indices is not None and sorted_indices.device != device:
-        sorted_indices, stays = sorted_indices.to(device), False
-    if unsorted_indices is not None and unsorted_indices.device != device:
+        stays = False
+        if unsorted_indices is not None and unsorted_indices.device != device:
+            sorted_indices, unsorted_indices = _move_indices(sorted_indices, unsorted_indices, device)
+        else:
+            sorted_indices = sorted_indices.to(device)
+    elif unsorted_indices is not None and unsorted_indices.device != device:
         unsorted_indices, stays = unsorted_indices.to(device), False
     return packed if stays else type(packed)(data, batch_sizes, sorted_indices, unsorted_indices)
 
 
+#: Where index tensors were moved last, both of them on the CPU, and what they are there.
+_last_moved: tuple[Any, Any, Any] | None = None
+
+
+def _move_indices(there: Tensor, back: Tensor, device: torch.device) -> Any:
+    """Return both index tensors on another device; those of the last call if they have the same values.
+
+    So the keys of a batch share their index tensors if they have the same lengths, wherever they were on the way here,
+    and :func:`same_packing` sees it without waiting for the device.
+    """
+    global _last_moved
+    ordinary = type(there) is type(back) is Tensor and there.is_cpu and back.is_cpu and there.shape == back.shape
+    if not ordinary or not there.dtype == back.dtype == torch.int64 or torch.is_inference_mode_enabled():
+        return there.to(device), back.to(device)
+    where = device, torch.cuda.current_stream(device) if device.type == "cuda" else None
+    last = _last_moved
+    if last is not None and last[0] == where:
+        _, values, moved = last
+        if moved[0]._version == 0 and torch.equal(values[0], there) and torch.equal(values[1], back):
+            return moved
+    both = torch.stack([there, back])
+    moved = move_without_waiting(both, device).unbind()
+    if type(moved[0]) is Tensor:  # not a fake one
+        _last_moved = where, both.unbind(), moved
+    return moved
+
+
+def move_without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; a GPU copies it from pinned memory, while the program goes on."""
+    if device.type == "cuda" and tensor.is_cpu:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def same_packing(first: PackedSequence, second: PackedSequence) -> bool:
-    """Return whether row i of both ``data`` tensors is the same step of the same sequence."""
+    """Return whether row i of both ``data`` tensors is the same step of the same sequence.
+
+    Waits for the device only if the index tensors are on one and are not the same objects, as those that
+    :func:`with_data` moved are.
+    """
     check(first, wait=False)
     check(second, wait=False)
     if not torch.equal(first.batch_sizes, second.batch_sizes):
         return False
+    if first.sorted_indices is second.sorted_indices:
+        return True
     if first.sorted_indices is None or second.sorted_indices is None:
         return torch.equal(ranks(first), ranks(second))
     return torch.equal(first.sorted_indices, second.sorted_indices.to(first.sorted_indices.device))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_packfix.engine import probe
-from hf_packfix.engine.declare import always, around, holds_packed, on_every_packed
+from hf_packfix.engine.declare import always, around, holds_packed, on_every_packed, on_leaf
 from hf_packfix.engine.lazily import evaluation, packing, torch
 from hf_packfix.engine.targets import Function
 
@@ -112,6 +112,23 @@ def concatenate(original: Function, data: Any, dim: int = 0) -> Any:
     if dim != 0:
         raise TypeError(f"a PackedSequence can be concatenated along the batch (dim 0) alone, found dim {dim}")
     return packing.concatenate(data)
+
+
+def _shares_indices(original: Function) -> bool:
+    first, second = original([probe.packed(), probe.packed()], torch.device("meta"))
+    return first.sorted_indices is second.sorted_indices
+
+
+@on_leaf(
+    "accelerate.utils.operations:send_to_device",
+    parameters=("tensor",),
+    problem="moves three tensors for every PackedSequence, one by one, and waits for each",
+    fix="moves data; index tensors follow in one copy, the same one for all keys with the same lengths",
+    upstream_supports=_shares_indices,
+)
+def send_to_device(original: Function, packed: PackedSequence, *args: Any, **kwargs: Any) -> PackedSequence:
+    """Move ``data`` as the original moves a tensor."""
+    return packing.with_data(packed, original(packed.data, *args, **kwargs))
 
 
 @dataclass(frozen=True)

@@ -54,16 +54,6 @@ def test_indices_follow_data_that_is_there_already(left_behind):
     assert CPU in (with_stock_to.sorted_indices.device, with_stock_to.unsorted_indices.device)
 
 
-def test_each_field_moves_once(monkeypatch):
-    packed, moves = some_packed(), []
-    to = torch.Tensor.to
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: moves.append(id(self)) or to(self, *a, **k))
-    bare_trainer(META)._prepare_input(packed)
-    monkeypatch.undo()
-    fields = [packed.data, packed.sorted_indices, packed.unsorted_indices]
-    assert sorted(moves) == sorted(map(id, fields))
-
-
 @pytest.mark.parametrize(
     ("dtype", "expected"),
     [(torch.float32, torch.bfloat16), (torch.int64, torch.int64), (torch.bool, torch.bool)],

@@ -74,7 +74,7 @@ def requirements(pair: dict[str, str]) -> list[str]:
     needs = ["wrapt", "importlib-metadata", "packaging"]
     if pair == TESTED[0]:
         floors = re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-        needs = [*(f"{name}=={dict(floors)[name]}" for name in needs), "numpy<2"]
+        needs = [*(f"{name}=={dict(floors)[name]}" for name in needs), "numpy<2", "pyarrow<20"]
     return [f"transformers=={pair['transformers']}", *needs, *TOOLS]
 
 
