@@ -182,6 +182,13 @@ def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
 
     Every field that must move is moved once, ``batch_sizes`` stays where it is, and the very same object
     comes back when nothing changes.
+
+    Example:
+        A layer that takes tensors, over the real steps:
+
+        >>> x = torch.nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(1, 2)])
+        >>> with_data(x, torch.nn.Linear(2, 5)(x.data)).data.shape
+        torch.Size([4, 5])
     """
     device = data.device
     old, batch_sizes, sorted_indices, unsorted_indices = packed

@@ -7,10 +7,8 @@ import io
 import tempfile
 from typing import Any
 
-__all__ = ["selftest"]
 
-
-def selftest() -> str | None:
+def try_trainer() -> str | None:
     """Train a step and evaluate a tagger on packed batches.
 
     Returns:
@@ -57,14 +55,7 @@ def _train_and_evaluate(directory: str) -> dict[str, Any]:
         disable_tqdm=True,
         use_cpu=True,  # with several GPUs and no launcher the Trainer takes DataParallel, which nothing can mend
     )
-    trainer = Trainer(
-        Tagger(),
-        arguments,
-        collate,
-        rows,
-        rows,
-        compute_metrics=_shape,
-    )
+    trainer = Trainer(Tagger(), arguments, collate, rows, rows, compute_metrics=_shape)
     trainer.train()
     metrics: dict[str, Any] = trainer.evaluate()
     return metrics
