@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from hf_packfix._version import __version__
@@ -148,8 +149,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         description="Train a recurrent speaker classifier on JapaneseVowels (640 recordings, 9 speakers) with an "
         "unchanged Trainer, on packed and on padded batches; compare the two, and write the model and a picture.",
     )
-    demo.add_argument("--seed", type=_at_least(0), default=0, help="of weights and shuffling (default: 0)")
-    demo.add_argument("--epochs", type=_at_least(1), default=30, help="passes over the data (default: 30)")
+    demo.add_argument("--seed", type=partial(_at_least, 0), default=0, help="of weights and shuffling (default: 0)")
+    demo.add_argument("--epochs", type=partial(_at_least, 1), default=30, help="passes over the data (default: 30)")
     demo.add_argument(
         "--output-dir", type=Path, default=Path("demo_output"), help="for the results (default: demo_output)"
     )
@@ -164,17 +165,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     return parser, commands.choices
 
 
-class _at_least:  # noqa: N801 (argparse shows the name of a type in its errors)
-    """An argparse type: a whole number from a minimum on."""
-
-    def __init__(self, minimum: int) -> None:
-        self.minimum = minimum
-
-    def __call__(self, text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = self.minimum - 1
-        if number < self.minimum:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {self.minimum} on, found {text!r}")
-        return number
+def _at_least(minimum: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < minimum:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {minimum} on, found {text!r}")
+    return int(text)

@@ -31,14 +31,7 @@ class Report:
     """What was found.
 
     Attributes:
-        healthy: whether the plugin is on and works.
-        python: version and executable.
-        platform: the operating system.
-        variable: the value of ``HF_PACKFIX``; None where it is unset.
-        fast_rnn_variable: the value of ``HF_PACKFIX_FAST_RNN``; None where it is unset.
-        fast_rnn: whether ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` use ``hf_packfix.rnn`` on packed data on a CPU.
-        startup_files: for each start-up file its path, and "intact", "changed" or "missing".
-        status: where the plugin and each patch stand.
+        startup_files: for each path "intact", "changed" or "missing: ...".
         trainers: for each Trainer subclass of the imported modules, the patched methods it overrides, and whether
             each of them calls ``super()``.
         selftest: of a packed batch through the Trainer: "passed", "skipped: ..." or "failed: ...".

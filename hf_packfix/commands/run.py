@@ -62,10 +62,10 @@ def run(target: str, arguments: Sequence[str], *, option: str = "", show_status:
             code = textwrap.dedent(target)  # as Python does from 3.14 on; from 3.13 on it shows the lines of errors
             if sys.version_info >= (3, 13):
                 linecache.cache["<string>"] = len(code), None, code.splitlines(keepends=True), "<string>"
-            program = _compile(code, "<string>")
+            program = compile(code, "<string>", "exec", dont_inherit=True)  # without this file's `__future__`
         elif target == "-":
             main.__dict__.update(__file__="<stdin>", __cached__=None)
-            program = _compile(sys.stdin.buffer.read() if sys.stdin else "", "<stdin>")
+            program = compile(sys.stdin.buffer.read() if sys.stdin else "", "<stdin>", "exec", dont_inherit=True)
         else:
             program = _script(target, main)
         if show_status:  # registered before what the program registers, so that it runs after that
@@ -112,7 +112,8 @@ def _script(path: str, main: ModuleType) -> CodeType:
     except OSError as error:
         raise RunError(f"cannot open {path!r}: {error.strerror}{_hint(path)}") from error
     main.__dict__.update(__file__=absolute, __loader__=SourceFileLoader("__main__", absolute), __cached__=None)
-    return pkgutil.read_code(io.BytesIO(content)) or _compile(content, absolute)  # byte code or source
+    byte_code: CodeType | None = pkgutil.read_code(io.BytesIO(content))
+    return byte_code or compile(content, absolute, "exec", dont_inherit=True)
 
 
 def _hint(path: str) -> str:
@@ -126,11 +127,6 @@ def _hint(path: str) -> str:
     if spec and (not dot or spec.submodule_search_locations):
         return f"; for a module, use: hf-packfix run -m {path}"
     return ""
-
-
-def _compile(source: str | bytes, name: str) -> CodeType:
-    program: CodeType = compile(source, name, "exec", dont_inherit=True)  # without this file's `__future__`
-    return program
 
 
 def _show_the_program_alone(error: BaseException) -> None:
