@@ -4,7 +4,7 @@ Importing this package activates it: every ``transformers.Trainer`` subclass of 
 or after, trains on packed batches. It imports neither torch nor transformers itself.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_packfix._version import __version__
 from hf_packfix._warnings import HFPackfixWarning
@@ -15,7 +15,7 @@ from hf_packfix.activation.versions import UnsupportedVersionError
 if TYPE_CHECKING:
     from hf_packfix.collator import DataCollatorForPackedSequence
     from hf_packfix.packing.jagged import concatenate, from_jagged, take, to_jagged
-    from hf_packfix.packing.packed import batch_size, lengths, num_tokens, pad
+    from hf_packfix.packing.packed import batch_size, lengths, num_tokens, pad, with_data
     from hf_packfix.packing.windows import Window, windows
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "take",
     "to_jagged",
     "windows",
+    "with_data",
 ]
 
 # Public names whose modules import torch, loaded on first use: importing this package stays light.
@@ -54,20 +55,23 @@ _LAZY = {
     "take": "packing.jagged",
     "to_jagged": "packing.jagged",
     "windows": "packing.windows",
+    "with_data": "packing.packed",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+if not TYPE_CHECKING:  # type checkers would accept any name
 
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-    return value
+    def __getattr__(name):
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__
 
 
 activate_on_import()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from hf_packfix._version import __version__
 from hf_packfix._warnings import HFPackfixWarning, in_a_line, is_main_process, warn_once
 from hf_packfix.activation import environment, versions
-from hf_packfix.activation.environment import ACCEPTED, FAST_RNN_VARIABLE, VARIABLE
+from hf_packfix.activation.environment import FAST_RNN_VARIABLE, VARIABLE
 from hf_packfix.activation.status_report import Status
 
 if TYPE_CHECKING:
@@ -190,8 +190,7 @@ def activate_on_import() -> None:
         state.why_inactive = f"{VARIABLE}={value} keeps it off"
         return
     if asks is None:
-        accepted = ", ".join(word for words in ACCEPTED.values() for word in words)
-        state.why_inactive = f"{VARIABLE}={value!r} is not one of: {accepted}; nothing is activated"
+        state.why_inactive = f"{environment.misunderstood(VARIABLE)}; nothing is activated"
         return
     automatic = bool(getattr(sys.modules.get("_hf_packfix_boot"), "activating", False))
     by = f"{VARIABLE}={value}" if automatic else "import hf_packfix"
@@ -266,9 +265,7 @@ def _enable(
 def _environment_asks_for_fast_rnn() -> bool:
     asks = environment.fast_rnn()
     if asks is None:
-        accepted = ", ".join(ACCEPTED["on"] + ACCEPTED["off"])
-        found = environment.value(FAST_RNN_VARIABLE)
-        state.report(f"{FAST_RNN_VARIABLE}={found!r} is not one of: {accepted}; torch's own layers run")
+        state.report(f"{environment.misunderstood(FAST_RNN_VARIABLE)}; torch's own layers run")
     return bool(asks)
 
 

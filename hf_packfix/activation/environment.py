@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import sys
 
-__all__ = ["ACCEPTED", "FAST_RNN_VARIABLE", "VARIABLE", "fast_rnn", "meaning", "switch", "value"]
-
 VARIABLE = "HF_PACKFIX"
 
 #: Asks for the recurrent layers on a CPU as well; alone it activates nothing.
@@ -45,3 +43,13 @@ def fast_rnn() -> bool | None:
     """Return whether ``HF_PACKFIX_FAST_RNN`` is on; None for a value that is neither on nor off."""
     asks = meaning(value(FAST_RNN_VARIABLE))
     return None if asks in (None, "force") else asks == "on"
+
+
+def misunderstood(variable: str) -> str:
+    """Return what is wrong with the value of a variable; empty if it has a meaning."""
+    asks = meaning(value(variable))
+    if asks is not None and (asks != "force" or variable == VARIABLE):
+        return ""
+    groups = ("on", "force", "off") if variable == VARIABLE else ("on", "off")
+    accepted = ", ".join(word for group in groups for word in ACCEPTED[group])
+    return f"{variable}={value(variable)!r} is not one of: {accepted}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,11 +33,11 @@ class Status:
         return "\n".join([self._head(), self._installed(), *map(str, self.patches)])
 
     def __repr__(self) -> str:
-        counts: dict[str, int] = {}
-        for patch in self.patches:
-            counts[patch.state] = counts.get(patch.state, 0) + 1
-        listed = ", ".join(f"{count} {state}" for state, count in counts.items())
-        return f"<Status: {self._head()}; patches: {listed or 'none'}>"
+        return f"<Status: {self._head()}; {self._counts()}>"
+
+    def summary(self) -> list[str]:
+        """Return three lines: why it is on or off, the versions, and how many patches are in each state."""
+        return [self._head(), self._installed(), self._counts()]
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -50,6 +51,10 @@ class Status:
             f"<table><thead><tr><th>state</th><th>patched, in place</th><th>detail</th><th>the original</th>"
             f"<th>with the patch</th></tr></thead><tbody>{rows}</tbody></table>"
         )
+
+    def _counts(self) -> str:
+        counts = Counter(patch.state for patch in self.patches)
+        return f"patches: {', '.join(f'{count} {state}' for state, count in counts.items()) or 'none'}"
 
     def _head(self) -> str:
         return f"hf_packfix is {'enabled' if self.enabled else 'not enabled'}: {self.reason}"

@@ -36,6 +36,9 @@ TESTED = (
 #: ``pyproject.toml`` asks for.
 MINIMUM = {package: version.rpartition(".")[0] for package, version in TESTED[0].items()}
 
+#: What activating itself imports, as ``pyproject.toml`` asks for it.
+NEEDED = {"importlib-metadata": "6.0", "packaging": "21.0", "wrapt": "1.16"}
+
 #: The newest version of each distribution that the tests run on.
 NEWEST_TESTED = TESTED[-1]
 
@@ -85,12 +88,13 @@ def found(package: str) -> str | None:
     its source. A program that PyInstaller made has no metadata but of the packages for which it was told so.
     """
     # Imported here: a process that never activates should not pay for it.
-    import importlib_metadata
-
     try:
+        import importlib_metadata
+
         version: str | None = importlib_metadata.version(package)
-    # Besides the first: a file without a version, one that is not UTF-8, one that cannot be read.
-    except (importlib_metadata.PackageNotFoundError, KeyError, ValueError, OSError):
+    # No such package, or importlib_metadata itself (both are ImportErrors); a file without a version, one that is not
+    # UTF-8, one that cannot be read.
+    except (ImportError, KeyError, ValueError, OSError):
         version = None
     if version is not None:
         return version
@@ -100,6 +104,11 @@ def found(package: str) -> str | None:
 
 def conflict() -> Conflict | None:
     """Return the first package that is missing or older than its minimum; None where all is well."""
+    for package, required in NEEDED.items():
+        try:
+            importlib.import_module(_module(package))
+        except ImportError:
+            return Conflict(package, required, None)
     for package, required in MINIMUM.items():
         version = found(package)
         if version is None:

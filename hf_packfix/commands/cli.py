@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from hf_packfix._version import __version__
 
-__all__ = ["main"]
-
 RUN_USAGE = "\n       ".join(
-    f"hf-packfix run {program} [ARGS...]" for program in ("SCRIPT", "-m MODULE", "-c CODE", "-")
+    f"hf-packfix run [--status] {program} [ARGS...]" for program in ("SCRIPT", "-m MODULE", "-c CODE", "-")
 )
 
 
@@ -28,28 +30,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["run"]:
         return _run(words[1:])
-    parser = _parser()
-    options = parser.parse_args(words)
+    parser, commands = _parser()
+    if words and words[0] not in commands and (hint := _hint(words, commands)):
+        parser.exit(2, f"hf-packfix: error: {words[0]!r} is not a command; did you mean: hf-packfix {hint}\n")
+    options, unknown = parser.parse_known_args(words)
+    if options.command is None and not unknown:
+        parser.print_help()
+        return 2
+    command = commands.get(options.command, parser)
+    if unknown:
+        command.error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.command == "doctor":
         from hf_packfix.commands import doctor
 
-        return doctor.run(options.modules, as_json=options.as_json)
+        return doctor.run(options.modules, as_json=options.as_json, verbose=options.verbose)
     if options.command == "docs":
         from hf_packfix.commands import pages
 
         try:
             return pages.run(options.page)
         except pages.UnknownPageError as error:
-            parser.error(f"argument PAGE: {error}")
-    if options.command == "demo":
-        from hf_packfix.commands import demo
+            command.error(f"argument PAGE: {error}")
+    from hf_packfix.commands import demo
 
-        try:
-            return demo.run(options.seed, options.epochs, options.output_dir, plot=options.plot)
-        except demo.DemoError as error:
-            parser.error(str(error))
-    parser.print_help()
-    return 2
+    try:
+        return demo.run(options.seed, options.epochs, options.output_dir, plot=options.plot)
+    except demo.DemoError as error:
+        command.error(str(error))
+
+
+def _hint(words: Sequence[str], commands: Iterable[str]) -> str:
+    """Return what may be meant by words that do not begin with a command: a program to run, or a misspelt command."""
+    first = words[0]
+    if first[:2] in ("-m", "-c") or first.endswith((".py", ".pyc")) or os.path.exists(first):
+        return f"run {shlex.join(words)}"
+    return " ".join(difflib.get_close_matches(first, commands, n=1))
 
 
 def _run(words: Sequence[str]) -> int:
@@ -61,13 +76,15 @@ def _run(words: Sequence[str]) -> int:
         description="Run a program as Python would, with the plugin on in it and in its child processes, even if "
         "HF_PACKFIX=0 is set; for places where start-up files do not work (--target folders, zip applications, -S).",
     )
+    parser.add_argument("--status", action="store_true", help="show on stderr, at the end, what was patched in it")
     parser.add_argument("-m", metavar="MODULE", help="run a module, as `python -m` does")
     parser.add_argument("-c", metavar="CODE", help="run code, as `python -c` does")
     parser.add_argument("SCRIPT", help="a script, a folder or a zip file with a __main__, or - for standard input")
     parser.add_argument("ARGS", help="handed to the program")
-    option, target, arguments = _program(parser, words)
+    show_status = words[:1] == ["--status"]
+    option, target, arguments = _program(parser, words[show_status:])
     try:
-        run.run(target, arguments, option=option)
+        run.run(target, arguments, option=option, show_status=show_status)
     except run.RunError as error:
         parser.error(str(error))
     return 0
@@ -98,7 +115,8 @@ def _program(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[str
     return "", first, rest
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser, and that of each command by its name."""
     parser = argparse.ArgumentParser(
         prog="hf-packfix", description="PackedSequence batches in an unchanged Hugging Face Trainer."
     )
@@ -110,8 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
         help="say whether the plugin works here, and why not",
-        description="Show where every patch stands, check the start-up files and train one step on a packed batch. "
-        "Exit status: 0 healthy, 1 not, 2 bad usage.",
+        description="Examine every patch, check the start-up files, train one step on a packed batch and try the "
+        "recurrent models. Exit status: 0 healthy, 1 not healthy, 2 bad usage, 3 off (HF_PACKFIX=0).",
     )
     doctor.add_argument(
         "--import",
@@ -119,10 +137,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODULE",
         action="append",
         default=[],
-        help="import a module and list every Trainer subclass with the patched methods it overrides, and whether they "
-        "call super() (repeatable)",
+        help="import a module, also one in the working directory, and list every Trainer subclass with the patched "
+        "methods it overrides, and whether they call super() (repeatable)",
     )
-    doctor.add_argument("--json", dest="as_json", action="store_true", help="for machines")
+    doctor.add_argument("-v", "--verbose", action="store_true", help="list every patch and every file")
+    doctor.add_argument("--json", dest="as_json", action="store_true", help="print everything as JSON")
 
     demo = commands.add_parser(
         "demo",
@@ -130,8 +149,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a recurrent speaker classifier on JapaneseVowels (640 recordings, 9 speakers) with an "
         "unchanged Trainer, on packed and on padded batches; compare the two, and write the model and a picture.",
     )
-    demo.add_argument("--seed", type=_at_least(0), default=0, help="of weights and shuffling (default: 0)")
-    demo.add_argument("--epochs", type=_at_least(1), default=30, help="passes over the data (default: 30)")
+    demo.add_argument("--seed", type=partial(_at_least, 0), default=0, help="of weights and shuffling (default: 0)")
+    demo.add_argument("--epochs", type=partial(_at_least, 1), default=30, help="passes over the data (default: 30)")
     demo.add_argument(
         "--output-dir", type=Path, default=Path("demo_output"), help="for the results (default: demo_output)"
     )
@@ -142,21 +161,11 @@ def _parser() -> argparse.ArgumentParser:
         help="print a page of the documentation",
         description="Print a page of the documentation as it is, in Markdown; without PAGE, list the pages.",
     )
-    docs.add_argument("page", metavar="PAGE", nargs="?", help="its name, such as performance")
-    return parser
+    docs.add_argument("page", metavar="PAGE", nargs="?", help="its name, such as troubleshooting")
+    return parser, commands.choices
 
 
-class _at_least:  # noqa: N801 (argparse shows the name of a type in its errors)
-    """An argparse type: a whole number from a minimum on."""
-
-    def __init__(self, minimum: int) -> None:
-        self.minimum = minimum
-
-    def __call__(self, text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = self.minimum - 1
-        if number < self.minimum:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {self.minimum} on, found {text!r}")
-        return number
+def _at_least(minimum: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < minimum:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {minimum} on, found {text!r}")
+    return int(text)

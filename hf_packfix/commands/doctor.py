@@ -8,20 +8,21 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 from hf_packfix._warnings import in_a_line
 from hf_packfix.activation.control import status
-from hf_packfix.activation.environment import ACCEPTED, FAST_RNN_VARIABLE, VARIABLE, fast_rnn, switch, value
+from hf_packfix.activation.environment import FAST_RNN_VARIABLE, VARIABLE, misunderstood, switch, value
 from hf_packfix.activation.status_report import Status
-from hf_packfix.commands.selftest import selftest
-from hf_packfix.commands.trainers import cuts_of_batches, handled_apart, load_lazy, overridden_methods, patched_methods
+from hf_packfix.commands.run import replace_first_path
+from hf_packfix.commands.trainers import handled_apart, load_lazy, overridden_methods, patched_methods
+from hf_packfix.commands.trial import try_trainer
 from hf_packfix.patches import FAST_RNN, PATCHES
-
-__all__ = ["run"]
 
 STARTUP_FILES = ("hf_packfix_auto.pth", "hf_packfix_auto.start", "_hf_packfix_boot.py")
 
@@ -31,13 +32,7 @@ class Report:
     """What was found.
 
     Attributes:
-        python: version and executable.
-        platform: the operating system.
-        variable: the value of ``HF_PACKFIX``; None where it is unset.
-        fast_rnn_variable: the value of ``HF_PACKFIX_FAST_RNN``; None where it is unset.
-        fast_rnn: whether ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` use ``hf_packfix.rnn`` on packed data on a CPU.
-        startup_files: for each start-up file its path, and "intact", "changed" or "missing".
-        status: where the plugin and each patch stand.
+        startup_files: for each path "intact", "changed" or "missing: ...".
         trainers: for each Trainer subclass of the imported modules, the patched methods it overrides, and whether
             each of them calls ``super()``.
         selftest: of a packed batch through the Trainer: "passed", "skipped: ..." or "failed: ...".
@@ -61,34 +56,33 @@ class Report:
     warnings: list[str]
 
 
-def run(modules: Sequence[str], *, as_json: bool) -> int:
+def run(modules: Sequence[str], *, as_json: bool, verbose: bool = False) -> int:
     """Print a report.
 
     Args:
         modules: names of modules to import and to search for Trainer subclasses.
         as_json: print JSON instead of text.
+        verbose: list every patch, check and file in the text.
 
     Returns:
-        The exit status: 0 where the plugin is healthy or off by the user's choice, 1 where it is not.
+        The exit status: 0 if the plugin is healthy, 1 if it is not, 3 if ``HF_PACKFIX`` keeps it off.
     """
+    if status().enabled or modules:
+        print("hf-packfix doctor: imports transformers and trains a step, in about 10 seconds", file=sys.stderr)
     # What the modules print is no part of the report.
     with contextlib.redirect_stdout(sys.stderr):
         report = examine(modules)
-    print(json.dumps(dataclasses.asdict(report), indent=2) if as_json else _text(report))
-    return 1 if report.problems else 0
+    print(json.dumps(dataclasses.asdict(report), indent=2) if as_json else _text(report, verbose))
+    if report.problems:
+        return 1
+    return 0 if report.healthy else 3
 
 
 def examine(modules: Sequence[str]) -> Report:
     """Look at everything; imports transformers, and the given modules."""
-    problems: list[str] = []
-    warnings: list[str] = []
     asks = switch()
-    if asks is None:
-        accepted = ", ".join(word for words in ACCEPTED.values() for word in words)
-        problems.append(f"{VARIABLE}={value()!r} is not one of: {accepted}")
-    if fast_rnn() is None:
-        accepted = ", ".join(ACCEPTED["on"] + ACCEPTED["off"])
-        problems.append(f"{FAST_RNN_VARIABLE}={value(FAST_RNN_VARIABLE)!r} is not one of: {accepted}")
+    problems = [text for text in map(misunderstood, (VARIABLE, FAST_RNN_VARIABLE)) if text]
+    warnings: list[str] = []
 
     files = dict(_startup_files())
     broken = [f"{path} is {state}" for path, state in files.items() if state != "intact"]
@@ -110,13 +104,14 @@ def examine(modules: Sequence[str]) -> Report:
     tested = "skipped: the Trainer cannot be imported" if not imported else "skipped: hf_packfix is not enabled"
     models: dict[str, str] = {}
     if status().enabled and imported:
-        failure = selftest()
+        failure = try_trainer()
         tested = "passed" if failure is None else f"failed: {failure}"
         if failure is not None:
             problems.append(f"the self-test failed: {failure}")
-        models, differences = _check_models()
+        models = _check_models()
         problems += [f"hf_packfix.models, {name}: {result}" for name, result in models.items() if result != "passed"]
-        warnings += differences
+    if modules:
+        replace_first_path(os.getcwd())  # as for `hf-packfix run -m`
     trainers: dict[str, dict[str, bool]] = {}
     for name in modules:
         try:
@@ -129,13 +124,13 @@ def examine(modules: Sequence[str]) -> Report:
         if not found:
             warnings.append(f"--import {name}: found no Trainer subclass; name the module that defines it")
         trainers.update(found)
-        warnings += [*handled_apart(name), *cuts_of_batches(name)]
-    for method, fix in patched_methods().items():
+        warnings += handled_apart(name)
+    for method, patch in patched_methods().items():
         without = [name for name, methods in trainers.items() if methods.get(method) is False]
         if without:
             warnings.append(
                 f"{method} does not call super() in {', '.join(without)}, so the patch of Trainer.{method} does not "
-                f"act there. What it does: {fix}"
+                f"act there. Without the patch: {patch.problem}. With it: {patch.fix}."
             )
 
     now = status()
@@ -148,7 +143,7 @@ def examine(modules: Sequence[str]) -> Report:
         if text:
             (warnings if stands.state == "applied" else problems).append(text)
     return Report(
-        healthy=not problems,
+        healthy=now.enabled and not problems,
         python=f"{platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
         variable=value(),
@@ -164,27 +159,21 @@ def examine(modules: Sequence[str]) -> Report:
     )
 
 
-def _check_models() -> tuple[dict[str, str], list[str]]:
-    """Return the result of each check of the recurrent models, and the upstream names that are missing."""
+def _check_models() -> dict[str, str]:
+    """Return the result of each check of the recurrent models, with the cell that has the most states."""
     try:
-        # Imported here: they need all of transformers.
-        from hf_packfix.models.selftest import selftest
-        from hf_packfix.models.upstream import deviations
+        from hf_packfix.models.selftest import selftest  # here: it needs all of transformers
 
-        results = {name: f"failed: {failure}" if failure else "passed" for name, failure in selftest().items()}
-        return results, deviations()
+        return {name: f"failed: {failure}" if failure else "passed" for name, failure in selftest(["lstm"]).items()}
     except Exception as error:
-        return {"import": f"failed: {in_a_line(error)}"}, []
+        return {"import": f"failed: {in_a_line(error)}"}
 
 
 def _startup_files() -> Iterator[tuple[str, str]]:
     """Yield the path of every start-up file and its state, from what the installation recorded of it."""
-    import importlib_metadata
-
     try:
-        files = importlib_metadata.files("hf-packfix") or ()
-        recorded = {str(file): file for file in files}
-    except importlib_metadata.PackageNotFoundError:
+        recorded = {str(file): file for file in metadata.files("hf-packfix") or ()}
+    except metadata.PackageNotFoundError:
         recorded = {}
     for name in STARTUP_FILES:
         file = recorded.get(name)
@@ -202,32 +191,46 @@ def _startup_files() -> Iterator[tuple[str, str]]:
         yield str(path), "intact" if intact else "changed"
 
 
+#: What a value of ``HF_PACKFIX`` means for a program.
+MEANING: dict[str | None, str] = {
+    "": "only a program that imports hf_packfix is patched, as this command is; to see what is patched in one: "
+    "hf-packfix run --status train.py",
+    "on": "every program that imports transformers is patched",
+    "force": "every program that imports transformers is patched, even if a version is not supported",
+    "off": "no program is patched",
+    None: "nothing is patched",
+}
+
+
 def _set(variable: str | None) -> str:
     return "unset" if variable is None else repr(variable)
 
 
-def _text(report: Report) -> str:
-    lines = ["healthy" if report.healthy else "not healthy"]
-    lines += [f"problem: {text}" for text in report.problems]
-    lines += [f"warning: {text}" for text in report.warnings]
-    lines += [
+def _text(report: Report, verbose: bool) -> str:
+    off = not (report.status.enabled or report.problems)
+    lines = [
+        "healthy" if report.healthy else f"off: {report.status.reason}" if off else "not healthy",
+        *(f"problem: {text}" for text in report.problems),
+        *(f"warning: {text}" for text in report.warnings),
         "",
         f"Python {report.python} on {report.platform}",
-        f"{VARIABLE} is {_set(report.variable)}",
+        f"{VARIABLE} is {_set(report.variable)}: {MEANING[switch()]}",
         f"{FAST_RNN_VARIABLE} is {_set(report.fast_rnn_variable)}: nn.LSTM, nn.GRU and nn.RNN "
         + ("use hf_packfix.rnn on packed data on a CPU" if report.fast_rnn else "are torch's own"),
-        "",
-        str(report.status),
-        "",
+        *(str(report.status).splitlines() if verbose else report.status.summary()),
         f"self-test (a packed batch through train and evaluate): {report.selftest}",
-        *(f"self-test of hf_packfix.models ({name}): {result}" for name, result in report.models.items()),
-        "",
-        "start-up files:",
-        *(f"  {state:<10} {path}" for path, state in report.startup_files.items()),
     ]
+    passed = sum(result == "passed" for result in report.models.values())
+    if verbose:
+        lines += [f"self-test of hf_packfix.models ({name}): {result}" for name, result in report.models.items()]
+        lines += [f"start-up file, {state}: {path}" for path, state in report.startup_files.items()]
+    else:
+        lines += [f"self-test of hf_packfix.models: {passed} of {len(report.models)} passed"] * bool(report.models)
+        lines += [f"start-up files: {', '.join(dict.fromkeys(report.startup_files.values()))}"]
     if report.trainers:
         lines += ["", "Trainer subclasses, and the patched methods they override:"]
         for name, methods in report.trainers.items():
             told = [f"{key} ({'calls' if calls else 'does not call'} super())" for key, calls in methods.items()]
             lines.append(f"  {name}: {', '.join(told) or 'none'}")
-    return "\n".join(lines)
+    more = "" if verbose else "every patch and file: hf-packfix doctor -v; "
+    return "\n".join([*lines, "", f"{more}errors and their cures: hf-packfix docs troubleshooting"])

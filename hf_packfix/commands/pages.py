@@ -7,7 +7,7 @@ import os
 import sys
 from importlib import resources
 
-__all__ = ["UnknownPageError", "run"]
+from hf_packfix.commands import api_reference
 
 
 class UnknownPageError(ValueError):
@@ -18,7 +18,8 @@ def run(page: str | None) -> int:
     """Print a page as it is, in Markdown, or the list of pages.
 
     Args:
-        page: the name of a file, with or without ``.md``; None for the list.
+        page: the name of a file, with or without ``.md``, or "api", which is made from the docstrings; None for the
+            list.
 
     Returns:
         The exit status: 0.
@@ -35,7 +36,7 @@ def run(page: str | None) -> int:
     text = pages.get(page.removesuffix(".md"))
     if text is None:
         raise UnknownPageError(f"expected one of: {', '.join(pages)}; found {page!r}")
-    _write(text)
+    _write(api_reference.reference() if text == api_reference.HEAD else text)
     return 0
 
 
@@ -43,7 +44,8 @@ def _pages() -> dict[str, str]:
     """Return the text of every page by its name, in the order of the names."""
     # Not by `__file__`: the package may be in a zip file.
     files = {file.name: file for file in resources.files("hf_packfix").joinpath("docs").iterdir()}
-    return {name[:-3]: files[name].read_text(encoding="utf-8") for name in sorted(files) if name.endswith(".md")}
+    pages = {name[:-3]: file.read_text(encoding="utf-8") for name, file in files.items() if name.endswith(".md")}
+    return dict(sorted({**pages, "api": api_reference.HEAD}.items()))
 
 
 def _title(text: str) -> str:

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.util
+import atexit
 import io
 import linecache
-import marshal
 import os
 import pkgutil
+import re
 import runpy
+import shlex
+import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
-from importlib.machinery import BuiltinImporter, ModuleSpec, SourceFileLoader, SourcelessFileLoader
+from collections.abc import Sequence
+from importlib.machinery import BuiltinImporter, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
-from hf_packfix.activation.control import enable_for_run
-
-__all__ = ["RunError", "run"]
-
-Namespace = dict[str, Any]
+from hf_packfix.activation.control import enable_for_run, status
 
 
 class RunError(Exception):
     """A program that cannot be found or opened, or a plugin that cannot be turned on."""
 
 
-def run(target: str, arguments: Sequence[str], *, option: str = "") -> None:
+def run(target: str, arguments: Sequence[str], *, option: str = "", show_status: bool = False) -> None:
     """Activate and run a program as ``__main__``, and let child processes activate, too.
 
     The program stays ``__main__`` until the interpreter ends, for its threads and ``atexit`` functions. What it raises
@@ -38,34 +36,41 @@ def run(target: str, arguments: Sequence[str], *, option: str = "") -> None:
             option, a module's name or code.
         arguments: the program's arguments.
         option: "-m" if ``target`` is a module's name, "-c" if it is code, empty otherwise.
+        show_status: print ``hf_packfix.status()`` to stderr when the program has ended.
 
     Raises:
         RunError: there is no such program, or the versions found are not supported.
         BaseException: what the program raised.
     """
-    load: Callable[[str, Namespace], CodeType | None]
-    if option == "-m":
-        load, folder, argument = _module, os.getcwd(), option
-    elif option == "-c":
-        load, folder, argument = _code, "", option
-    elif target == "-":
-        load, folder, argument = _standard_input, "", target
-    elif pkgutil.get_importer(target) is not None:  # a folder or a zip file
-        load, folder, argument = _folder, os.path.abspath(target), target
+    is_folder = not option and target != "-" and pkgutil.get_importer(target) is not None  # or a zip file
+    if option == "-m" or is_folder:
+        folder = os.path.abspath(target if is_folder else "")
     else:
-        load, folder, argument = _script, _folder_of(target), target
-    _replace_first_path(folder, even_if_safe=load is _folder)
+        folder = "" if option or target == "-" else os.path.dirname(os.path.realpath(target))
+    replace_first_path(folder, even_if_safe=is_folder)
     try:
         enable_for_run()
     except ImportError as error:
         raise RunError(str(error)) from error
-
-    sys.argv = [argument, *arguments]
-    namespace = _new_main()
+    sys.argv = [option or target, *arguments]
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    main.__dict__.update(__builtins__=sys.modules["builtins"], __loader__=BuiltinImporter)
     try:
-        program = load(target, namespace)
-        if program is not None:
-            exec(program, namespace)
+        if option == "-m" or is_folder:
+            program = _module("" if is_folder else target, main)
+        elif option == "-c":
+            code = textwrap.dedent(target)  # as Python does from 3.14 on; from 3.13 on it shows the lines of errors
+            if sys.version_info >= (3, 13):
+                linecache.cache["<string>"] = len(code), None, code.splitlines(keepends=True), "<string>"
+            program = compile(code, "<string>", "exec", dont_inherit=True)  # without this file's `__future__`
+        elif target == "-":
+            main.__dict__.update(__file__="<stdin>", __cached__=None)
+            program = compile(sys.stdin.buffer.read() if sys.stdin else "", "<stdin>", "exec", dont_inherit=True)
+        else:
+            program = _script(target, main)
+        if show_status:  # registered before what the program registers, so that it runs after that
+            atexit.register(lambda: print(f"\n{status()}", file=sys.stderr))
+        exec(program, vars(main))
     except (RunError, SystemExit):
         raise
     except BaseException as error:
@@ -73,8 +78,8 @@ def run(target: str, arguments: Sequence[str], *, option: str = "") -> None:
         raise
 
 
-def _replace_first_path(folder: str, *, even_if_safe: bool) -> None:
-    """Put what Python puts first for the program in the place of what it put there for this command."""
+def replace_first_path(folder: str, *, even_if_safe: bool = False) -> None:
+    """Put what Python puts first on the path for a program in the place of what it put there for this command."""
     # In safe-path mode (-P, -I) Python puts nothing there, unless the program is a folder or a zip file itself.
     safe = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -86,90 +91,42 @@ def _replace_first_path(folder: str, *, even_if_safe: bool) -> None:
         sys.path.insert(0, folder)
 
 
-def _folder_of(script: str) -> str:
-    """Return the folder of a script, past links; of `/dev/fd/63` and its like, which link to no file, `/dev/fd`."""
-    real = os.path.realpath(script)
-    return os.path.dirname(real if os.path.exists(real) else os.path.abspath(script))
+def _module(name: str, main: ModuleType) -> CodeType:
+    """Return the code of a module, or without a name of the ``__main__`` that is first on the path."""
+    # Private, but what the standard library's own pdb and trace use for `-m`.
+    details: Any = runpy._get_module_details if name else runpy._get_main_module_details  # type: ignore[attr-defined]
+    _, spec, program = details(*[name] if name else [], RunError)
+    if name:
+        sys.argv[0] = spec.origin
+    main.__dict__.update(
+        __file__=spec.origin, __cached__=spec.cached, __loader__=spec.loader, __package__=spec.parent, __spec__=spec
+    )
+    return program  # type: ignore[no-any-return]
 
 
-def _new_main() -> Namespace:
-    """Put a new module in the place of ``__main__`` and return its namespace, which has what Python gives it."""
-    # Up to 3.13; this command's own module has it if this Python gives it.
-    given: Namespace = {"__annotations__": {}} if "__annotations__" in vars(sys.modules["__main__"]) else {}
-    main = sys.modules["__main__"] = ModuleType("__main__")
-    namespace = vars(main)
-    namespace.update(given, __builtins__=sys.modules["builtins"], __loader__=BuiltinImporter)
-    return namespace
-
-
-def _script(path: str, namespace: Namespace) -> CodeType:
+def _script(path: str, main: ModuleType) -> CodeType:
     absolute = os.path.abspath(path)
     try:
-        # Once: a pipe (`<(...)`, `/dev/stdin`) cannot be read again.
-        with io.open_code(absolute) as file:
+        with io.open_code(absolute) as file:  # once: a pipe (`<(...)`, `/dev/stdin`) cannot be read again
             content = file.read()
     except OSError as error:
-        is_module_name = all(map(str.isidentifier, path.split("."))) and not path.endswith(".py")
-        hint = f"; for a module, use: hf-packfix run -m {path}" if is_module_name else ""
-        raise RunError(f"cannot open {path!r}: {error.strerror}{hint}") from error
-    compiled = content.startswith(importlib.util.MAGIC_NUMBER)
-    loader = (SourcelessFileLoader if compiled else SourceFileLoader)("__main__", absolute)
-    namespace.update(__file__=absolute, __loader__=loader, __cached__=None)
-    if path.endswith(".pyc") and not compiled:
-        raise RuntimeError("Bad magic number in .pyc file")  # as Python says it
-    if not compiled:
-        return _compile(content, absolute)
-    program: CodeType = marshal.loads(content[16:])  # behind the header
-    return program
+        raise RunError(f"cannot open {path!r}: {error.strerror}{_hint(path)}") from error
+    main.__dict__.update(__file__=absolute, __loader__=SourceFileLoader("__main__", absolute), __cached__=None)
+    byte_code: CodeType | None = pkgutil.read_code(io.BytesIO(content))
+    return byte_code or compile(content, absolute, "exec", dont_inherit=True)
 
 
-def _standard_input(_: str, namespace: Namespace) -> CodeType | None:
-    if sys.stdin is not None and sys.stdin.isatty():
-        import code  # here: a file of the user's may have this name
-
-        getattr(sys, "__interactivehook__", lambda: None)()  # completion, and the history of the session
-        code.interact(local=namespace, exitmsg="")
-        return None
-    namespace.update(__file__="<stdin>", __cached__=None)
-    return _compile(b"" if sys.stdin is None else sys.stdin.buffer.read(), "<stdin>")
-
-
-def _code(text: str, _: Namespace) -> CodeType:
-    if sys.version_info >= (3, 14):
-        text = textwrap.dedent(text)
-    if sys.version_info >= (3, 13):  # whose tracebacks show its lines
-        linecache.cache["<string>"] = len(text), None, text.splitlines(keepends=True), "<string>"
-    return _compile(text, "<string>")
-
-
-def _module(name: str, namespace: Namespace) -> CodeType:
-    # Private, but what the standard library's own pdb and trace use for `-m`.
-    _, spec, program = runpy._get_module_details(name, RunError)  # type: ignore[attr-defined]
-    sys.argv[0] = spec.origin
-    return _of_spec(spec, program, namespace)
-
-
-def _folder(_: str, namespace: Namespace) -> CodeType:
-    # Looks on `sys.path`, where the folder is the first.
-    _, spec, program = runpy._get_main_module_details(RunError)  # type: ignore[attr-defined]
-    return _of_spec(spec, program, namespace)
-
-
-def _of_spec(spec: ModuleSpec, program: CodeType, namespace: Namespace) -> CodeType:
-    namespace.update(
-        __file__=spec.origin,
-        __cached__=spec.cached,
-        __loader__=spec.loader,
-        __package__=spec.parent,
-        __spec__=spec,
-    )
-    return program
-
-
-def _compile(source: str | bytes, name: str) -> CodeType:
-    # Not with the `from __future__` of this file.
-    program: CodeType = compile(source, name, "exec", dont_inherit=True)
-    return program
+def _hint(path: str) -> str:
+    """Return what may be meant by the path of a script that cannot be opened."""
+    if len(sys.argv) > 1 and re.fullmatch(r"python[\d.]*", os.path.basename(path)):
+        return f"; did you mean: hf-packfix run {shlex.join(sys.argv[1:])}"
+    if shutil.which(path):
+        return f"; for a command that is no Python file, use: HF_PACKFIX=1 {shlex.join([path, *sys.argv[1:]])}"
+    package, dot, _ = path.partition(".")
+    spec = PathFinder.find_spec(package)
+    if spec and (not dot or spec.submodule_search_locations):
+        return f"; for a module, use: hf-packfix run -m {path}"
+    return ""
 
 
 def _show_the_program_alone(error: BaseException) -> None:

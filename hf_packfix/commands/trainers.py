@@ -1,11 +1,7 @@
-"""What Trainer subclasses and losses do to a batch beside the methods that are patched.
-
-For ``hf-packfix doctor --import``.
-"""
+"""What Trainer subclasses do to a batch beside the methods that are patched: ``hf-packfix doctor --import``."""
 
 from __future__ import annotations
 
-import ast
 import inspect
 import sys
 from collections.abc import Iterator
@@ -14,9 +10,8 @@ from typing import Any
 
 from hf_packfix._warnings import in_a_line
 from hf_packfix.activation.control import status
+from hf_packfix.engine.patch import Patch
 from hf_packfix.patches import PATCHES
-
-__all__ = ["cuts_of_batches", "handled_apart", "load_lazy", "overridden_methods", "patched_methods"]
 
 #: Whose methods are patched.
 _TRAINERS = ("Trainer", "Seq2SeqTrainer")
@@ -35,11 +30,11 @@ def load_lazy(module: ModuleType) -> Iterator[str]:
                 yield f"{module.__name__}.{name} cannot be loaded: {in_a_line(error)}"
 
 
-def patched_methods() -> dict[str, str]:
-    """Return the methods of the Trainers that are patched on this version, each with its fix."""
+def patched_methods() -> dict[str, Patch]:
+    """Return the methods of the Trainers that are patched on this version, each with its patch."""
     idle = {p.target for p in status().patches if p.state in ("not-needed", "not-applicable")}
     patches = [p for p in PATCHES if p.path.split(".")[0] in _TRAINERS and p.target not in idle]
-    return {p.path.split(".")[1]: p.fix for p in reversed(patches)}
+    return {p.path.split(".")[1]: p for p in reversed(patches)}
 
 
 def overridden_methods(package: str) -> dict[str, dict[str, bool]]:
@@ -75,61 +70,6 @@ def handled_apart(package: str) -> Iterator[str]:
                 found = vars(module).get(path)
                 if isinstance(found, FunctionType) and found.__module__ == name:
                     yield f"{name}.{path} is a copy of {target}, and is not patched: import it from there instead"
-
-
-def cuts_of_batches(package: str) -> Iterator[str]:
-    """Yield the functions of a module and its submodules that cut the tensors of a batch and nothing else of it.
-
-    These are loops over ``batch.items()`` that slice a value if it is a tensor. Losses that run a batch in pieces, as
-    those of sentence-transformers with a mini batch, then get a PackedSequence whole in every piece: the pieces
-    disagree with the tensors beside it, and the loss is wrong, with no error.
-    """
-    for name, module in sorted(sys.modules.items()):
-        if _is_within(name, package):
-            try:
-                tree = ast.parse(inspect.getsource(module))
-            except (OSError, TypeError, SyntaxError):  # no source: compiled, or made at run time
-                continue
-            for function in dict.fromkeys(_cutting(tree, name)):
-                yield (
-                    f"{function} cuts the tensors of a batch into pieces and puts a PackedSequence whole into each of "
-                    f"them: the result of a loss that uses it is wrong if there is more than one piece; use such a "
-                    f"loss with padded batches, or with pieces as large as the batch"
-                )
-
-
-def _cutting(node: ast.AST, scope: str) -> Iterator[str]:
-    """Yield the function around each loop in the code that cuts tensors alone, by its full name."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield from _cutting(child, f"{scope}.{child.name}")
-            continue
-        loops = [child] if isinstance(child, ast.For) else getattr(child, "generators", [])
-        if any(_cuts_tensors_alone(loop, child) for loop in loops):
-            yield scope
-        yield from _cutting(child, scope)
-
-
-def _cuts_tensors_alone(loop: Any, body: ast.AST) -> bool:
-    """Return whether this is a loop over the items of a mapping that slices a value if it is a tensor."""
-    items = isinstance(loop.iter, ast.Call) and getattr(loop.iter.func, "attr", None) == "items"
-    if not (items and isinstance(loop.target, ast.Tuple) and isinstance(loop.target.elts[-1], ast.Name)):
-        return False
-    value = loop.target.elts[-1].id
-    nodes = list(ast.walk(body))
-    names = {getattr(node, "id", getattr(node, "attr", None)) for node in nodes}
-    asks = any(isinstance(node, ast.Call) and _is_name(next(iter(node.args), None), value) for node in nodes)
-    slices = any(
-        isinstance(node, ast.Subscript)
-        and _is_name(node.value, value)
-        and any(isinstance(part, ast.Slice) for part in ast.walk(node.slice))
-        for node in nodes
-    )
-    return asks and slices and not names.isdisjoint({"Tensor", "is_tensor"}) and "PackedSequence" not in names
-
-
-def _is_name(node: ast.AST | None, name: str) -> bool:
-    return isinstance(node, ast.Name) and node.id == name
 
 
 def _subclasses(package: str) -> list[type[Any]]:

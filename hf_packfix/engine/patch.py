@@ -54,7 +54,7 @@ class PatchStatus:
 
     def __str__(self) -> str:
         tail = f" ({self.detail})" if self.detail else ""
-        return f"{self.state:<14} {self.target}{tail}\n{'':<14}   {self.problem}; {self.fix}"
+        return f"{self.state:<14} {self.target}{tail}\n{'':<14}   {self.problem}. With the patch: {self.fix}."
 
 
 class _Layer(NamedTuple):

@@ -13,7 +13,7 @@ import io
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ _AUTO = {
 }
 
 
-def selftest() -> dict[str, str]:
+def selftest(cells: Sequence[str] = CELLS) -> dict[str, str]:
     """Run every check for each cell.
 
     Returns:
@@ -68,7 +68,7 @@ def selftest() -> dict[str, str]:
     try:
         for name, check in CHECKS.items():
             failures = {}
-            for cell in CELLS:
+            for cell in cells:
                 torch.manual_seed(0)
                 try:
                     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):

@@ -255,7 +255,7 @@ def test_status_reads_well():
     text = str(status)
     for patch in status.patches:
         assert patch.target in text
-        assert f"{patch.problem}; {patch.fix}" in text
+        assert f"{patch.problem}. With the patch: {patch.fix}." in text
         assert patch.problem
         assert patch.fix
     hf_packfix.disable()

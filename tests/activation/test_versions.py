@@ -9,6 +9,7 @@ import types
 import pytest
 
 from hf_packfix.activation import versions
+from tests.support import programs
 
 
 @pytest.fixture
@@ -102,3 +103,25 @@ def test_without_metadata_our_dependencies_are_found_all_the_same(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
         assert versions.found(name) == expected[name]  # from the source
         assert name not in sys.modules
+
+
+@pytest.mark.parametrize("package", versions.NEEDED)
+def test_a_missing_package_that_activation_needs_is_one_clear_error(package):
+    module = package.replace("-", "_")
+    needed = f"hf_packfix needs {package} >= {versions.NEEDED[package]}, but {package} is not installed"
+    imports = programs.run(f"import sys; sys.modules['{module}'] = None; import hf_packfix")
+    assert imports.stderr.count("Traceback") == 1
+    assert f"UnsupportedVersionError: {needed}" in imports.stderr.splitlines()[-1]
+    doctor = programs.run(
+        f"""
+        import sys
+        sys.modules['{module}'], sys.argv = None, ["hf-packfix", "doctor"]
+        from hf_packfix.commands.cli import main
+        sys.exit(main())
+        """
+    )
+    assert (doctor.returncode, doctor.stderr) == (1, "")
+    verdict, problem, rest = doctor.stdout.split("\n", 2)
+    assert verdict == "not healthy"
+    assert problem.startswith(f"problem: {needed}")
+    assert "problem: " not in rest

@@ -7,14 +7,20 @@ import json
 import os
 import subprocess
 import sys
-import types
+from pathlib import Path
 
 import pytest
-from transformers import TrainingArguments
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+from transformers import Trainer, TrainingArguments
 
-from hf_packfix.commands.selftest import selftest
-from hf_packfix.commands.trainers import cuts_of_batches, handled_apart
+from hf_packfix.commands.doctor import examine
+from hf_packfix.commands.trainers import handled_apart
+from hf_packfix.commands.trial import try_trainer
+from hf_packfix.models import modeling_recurrent as modeling
 from hf_packfix.models.selftest import CHECKS
+from hf_packfix.patches import FAST_RNN, PATCHES
 from tests.support.interpreters import environment
 
 
@@ -39,42 +45,102 @@ def test_a_trainer_that_cannot_be_imported(tmp_path):
     assert report["selftest"] == "skipped: the Trainer cannot be imported"
 
 
-def test_the_verdict_is_the_first_line_and_problems_follow(tmp_path):
-    command = [sys.executable, "-m", "hf_packfix", "doctor", "--import", "json", "--import", "gone"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=240, check=False)
-    lines = result.stdout.splitlines()
-    assert result.returncode == 1
+def printed(*arguments, cwd=None, **variables):
+    """Return what ``hf-packfix doctor`` as a user starts it: its exit status, lines and stderr."""
+    command = [Path(sys.executable).parent / "hf-packfix", "doctor", *arguments]
+    env = environment() | variables
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, check=False, cwd=cwd)
+    return result.returncode, result.stdout.splitlines(), result.stderr
+
+
+def test_the_verdict_is_the_first_line_and_problems_follow():
+    status, lines, _ = printed("--import", "json", "--import", "gone")
+    assert status == 1
     assert lines[0] == "not healthy"
     assert lines[1] == "problem: --import gone: ModuleNotFoundError: No module named 'gone'"
     assert lines[2].startswith("warning: --import json: found no Trainer subclass")
 
 
-def test_the_models_are_tried(tmp_path):
-    status, report = doctor(tmp_path)
-    assert (status, report["healthy"], report["problems"]) == (0, True, [])
-    assert report["models"] == dict.fromkeys(CHECKS, "passed")
+def test_the_report_is_a_page_and_every_patch_has_a_line_on_request():
+    status, lines, stderr = printed()
+    assert (status, lines[0]) == (0, "healthy")
+    assert len(lines) <= 25
+    assert any(line.startswith("HF_PACKFIX is unset: only a program that imports hf_packfix is") for line in lines)
+    assert any("hf-packfix run --status train.py" in line for line in lines)
+    assert "hf-packfix docs troubleshooting" in lines[-1]
+    assert stderr.startswith("hf-packfix doctor: imports transformers and trains a step, in about ")
+    _, lines, _ = printed("-v", HF_PACKFIX="1")
+    assert "HF_PACKFIX is '1': every program that imports transformers is patched" in lines
+    text = "\n".join(lines)
+    for patch in (*PATCHES, *FAST_RNN):
+        assert f" {patch.target}" in text
+        assert f"{patch.problem}. With the patch: {patch.fix}." in text
+    for name in CHECKS:
+        assert f"self-test of hf_packfix.models ({name}): passed" in lines
 
 
-#: Breaks one thing that the models do, and the check that must notice it.
+def test_off_is_a_verdict_and_an_exit_status_of_its_own():
+    status, lines, stderr = printed(HF_PACKFIX="0")
+    assert (status, lines[0], stderr) == (3, "off: HF_PACKFIX=0 keeps it off", "")
+    assert "HF_PACKFIX is '0': no program is patched" in lines
+
+
+def test_modules_of_the_working_directory_are_found(tmp_path):
+    (tmp_path / "mytrainers.py").write_text(
+        "from transformers import Trainer\nclass Mine(Trainer):\n    def floating_point_ops(self, inputs): return 0\n"
+    )
+    status, lines, _ = printed("--import", "mytrainers", cwd=tmp_path)
+    assert (status, lines[0]) == (0, "healthy")
+    assert lines[1] == (
+        "warning: floating_point_ops does not call super() in mytrainers.Mine, so the patch of "
+        "Trainer.floating_point_ops does not act there. Without the patch: asks the main input for numel(), which a "
+        "PackedSequence does not have. With it: counts the real tokens."
+    )
+    assert "  mytrainers.Mine: floating_point_ops (does not call super())" in lines
+
+
+def test_the_models_are_tried():
+    report = examine([])
+    assert (report.healthy, report.problems) == (True, [])
+    assert report.models == dict.fromkeys(CHECKS, "passed")
+
+
+#: For each check what breaks one thing that the models do: the object, its attribute, and what replaces that.
 BROKEN = {
-    "save and load": "m.RecurrentPreTrainedModel.state_dict = lambda self, *args, **kwargs: "
-    "{k: v + torch.rand(()) for k, v in torch.nn.Module.state_dict(self, *args, **kwargs).items()}",
-    "padded equals packed": "m.step_loss = lambda logits, labels, items=None, _original=m.step_loss: "
-    "_original(logits, labels, items) * (2 if isinstance(logits, m.PackedSequence) else 1)",
-    "generate": "m.RecurrentModel._embed = lambda self, inputs, _original=m.RecurrentModel._embed: "
-    "_original(self, inputs if inputs.shape[-1] > 1 else inputs * 0)",
-    "continue from the state": "m.given_state = lambda arguments: None",
-    "a step of the Trainer": "import transformers; transformers.Trainer.training_step = 0",
+    "save and load": (
+        modeling.RecurrentPreTrainedModel,
+        "state_dict",
+        lambda self, *args, **kwargs: {
+            name: weight + torch.rand(()) for name, weight in nn.Module.state_dict(self, *args, **kwargs).items()
+        },
+    ),
+    "padded equals packed": (
+        modeling,
+        "step_loss",
+        lambda logits, labels, items=None, original=modeling.step_loss: (
+            original(logits, labels, items) * (2 if isinstance(logits, PackedSequence) else 1)
+        ),
+    ),
+    "generate": (
+        modeling.RecurrentModel,
+        "_embed",
+        lambda self, inputs, original=modeling.RecurrentModel._embed: original(
+            self, inputs if inputs.shape[-1] > 1 else inputs * 0
+        ),
+    ),
+    "continue from the state": (modeling, "given_state", lambda arguments: None),
+    "a step of the Trainer": (Trainer, "training_step", 0),
 }
 
 
 @pytest.mark.parametrize("check", BROKEN)
-def test_broken_models_are_a_problem(tmp_path, check):
-    before = f"import torch, hf_packfix.models.modeling_recurrent as m\n{BROKEN[check]}"
-    status, report = doctor(tmp_path, before=before)
-    assert (status, report["healthy"]) == (1, False)
-    assert report["models"][check].startswith("failed: ")
-    assert any(problem.startswith(f"hf_packfix.models, {check}: failed: ") for problem in report["problems"])
+def test_broken_models_are_a_problem(monkeypatch, check):
+    owner, name, replacement = BROKEN[check]
+    monkeypatch.setattr(owner, name, replacement, raising=False)
+    report = examine([])
+    assert not report.healthy
+    assert report.models[check].startswith("failed: ")
+    assert any(problem.startswith(f"hf_packfix.models, {check}: failed: ") for problem in report.problems)
 
 
 def test_a_value_of_the_variable_that_nobody_knows_is_one_problem(tmp_path):
@@ -99,7 +165,10 @@ BAD = "HF_PACKFIX_FAST_RNN='fast' is not one of: 1, true, yes, on, 0, false, no,
     ],
 )
 def test_the_variable_of_the_fast_layers(value, line, problems):
-    code = "from hf_packfix.commands import doctor; doctor.run([], as_json=True); doctor.run([], as_json=False)"
+    code = (
+        "from hf_packfix.commands import doctor; doctor._check_models, doctor.try_trainer = dict, {}.clear\n"
+        "doctor.run([], as_json=True); doctor.run([], as_json=False)"
+    )
     env = environment()
     env.pop("HF_PACKFIX_FAST_RNN", None)
     if value is not None:
@@ -164,62 +233,6 @@ def test_what_is_done_to_tensors_apart(tmp_path, monkeypatch):
     assert list(handled_apart("casts")) == [cast, copy]
 
 
-CUTS = {
-    "loop": """
-class Loss:
-    def pieces(self, batch, begin, end):
-        result = {}
-        for key, value in batch.items():
-            if not isinstance(value, torch.Tensor):
-                result[key] = value
-            else:
-                result[key] = value[begin:end, :4]
-        return result
-""",
-    "comprehension": """
-class Loss:
-    def pieces(self, batch, size):
-        for i in range(0, 8, size):
-            yield {k: v[i : i + size] if torch.is_tensor(v) else v for k, v in batch.items()}
-""",
-}
-HARMLESS = {
-    "one that knows packed sequences": CUTS["loop"].replace("torch.Tensor", "(torch.Tensor, PackedSequence)"),
-    "moves": CUTS["loop"].replace("value[begin:end, :4]", "value.to(begin)"),
-    "takes one row": CUTS["loop"].replace("value[begin:end, :4]", "value[begin]"),
-    "lists": CUTS["loop"].replace("torch.Tensor", "list"),
-    "cuts another value": CUTS["loop"].replace("value[begin:end, :4]", "batch[begin:end]"),
-    "no mapping": CUTS["loop"].replace("batch.items()", "batch"),
-}
-
-
-@pytest.mark.parametrize("code", CUTS.values(), ids=CUTS)
-def test_losses_that_cut_tensors_alone(tmp_path, code):
-    (tmp_path / "losses").mkdir()
-    (tmp_path / "losses/__init__.py").write_text(
-        "from losses.cached import Loss\nfrom transformers import Trainer\nclass Mine(Trainer): pass\n"
-    )
-    (tmp_path / "losses/cached.py").write_text(f"import torch\n{code}")
-    status, report = doctor(tmp_path, "--import", "losses")
-    (warning,) = report["warnings"]
-    assert status == 0
-    assert warning.startswith("losses.cached.Loss.pieces cuts the tensors of a batch into pieces and puts a Packed")
-
-
-@pytest.mark.parametrize("code", [*HARMLESS.values()], ids=HARMLESS)
-def test_what_does_not_cut_tensors_alone(tmp_path, monkeypatch, code):
-    (tmp_path / "harmless.py").write_text(f"import torch\n{code}")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "harmless", raising=False)
-    importlib.import_module("harmless")
-    assert list(cuts_of_batches("harmless")) == []
-
-
-def test_a_module_without_source_is_no_loss(monkeypatch):
-    monkeypatch.setitem(sys.modules, "made_at_run_time", types.ModuleType("made_at_run_time"))
-    assert list(cuts_of_batches("made_at_run_time")) == []
-
-
 def test_the_self_test_on_a_machine_with_several_gpus(monkeypatch):
     set_up = TrainingArguments.__post_init__
 
@@ -229,4 +242,4 @@ def test_the_self_test_on_a_machine_with_several_gpus(monkeypatch):
             self._n_gpu = 2  # what it finds without a launcher
 
     monkeypatch.setattr(TrainingArguments, "__post_init__", with_two_gpus)
-    assert selftest() is None
+    assert try_trainer() is None

@@ -6,8 +6,6 @@ What hf_packfix depends on is a stand-in here, since the test is how a program r
 from __future__ import annotations
 
 import itertools
-import os
-import pty
 import re
 import shutil
 import subprocess
@@ -30,12 +28,13 @@ class Mine: pass
 def late(when):
     print(when, type(pickle.loads(pickle.dumps(Mine()))).__name__, sys.modules["__main__"].__dict__ is globals())
 print(sys.argv, sys.path)
-print(sorted(globals()), __name__, __package__, __spec__ and __spec__.name, __builtins__, __doc__)
-print(getattr(__loader__, "__name__", type(__loader__).__name__), globals().get("__cached__"))
+print(sorted(globals().keys() - {"__annotations__"}))  # which Python sets up to 3.13
+print(__name__, __package__, __spec__ and __spec__.name, __builtins__, __doc__)
+loader = getattr(__loader__, "__name__", type(__loader__).__name__)
+print(loader.replace("Sourceless", "Source"), globals().get("__cached__"))
 os.chdir("/")
 file = globals().get("__file__")
 print(file, file and os.path.exists(file), "hf_packfix" in sys.argv)
-print((lambda: __annotations__ if sys.version_info < (3, 14) else {})())
 atexit.register(late, "atexit")
 main = threading.main_thread()
 threading.Thread(target=lambda: (main.join(), late("thread"))).start()
@@ -109,6 +108,11 @@ def both(environment, folder, program, words, *, flags=(), **options):
     return [(result.stdout, varies.sub("", result.stderr), result.returncode) for result in (plain, ours)]
 
 
+def without_pipe(output):
+    """Return what was printed without the folder of a pipe, which holds no modules and has several names."""
+    return re.sub(r"'/(dev|dev/fd|proc/\w+/fd)'", "", output)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_program_sees_what_it_sees_under_python(environment, folder, form):
     write(folder, environment, SHOWS)
@@ -116,9 +120,7 @@ def test_a_program_sees_what_it_sees_under_python(environment, folder, form):
     plain, ours = both(environment, folder, SHOWS, words)
     assert (plain[1], plain[2]) == ("", 0)
     assert "thread Mine True\natexit Mine True" in plain[0]
-    if form == "/dev/stdin":  # the folder of a pipe: `/dev` or `/proc/self/fd`, which holds no modules
-        plain, ours = ((re.sub(r"'/(dev|proc/self/fd)'", "", result[0]), *result[1:]) for result in (plain, ours))
-    assert ours == plain
+    assert (without_pipe(ours[0]), *ours[1:]) == (without_pipe(plain[0]), *plain[1:])
 
 
 def test_process_substitution(environment, folder):
@@ -133,7 +135,7 @@ def test_process_substitution(environment, folder):
             text=True,
             check=True,
         )
-        found.append((result.stdout, result.stderr))
+        found.append((without_pipe(result.stdout), result.stderr))
     assert found[0][0].startswith("['/dev/fd/")
     assert found[1] == found[0]
 
@@ -202,28 +204,11 @@ def test_a_file_that_python_cannot_read(environment, folder, source):
     assert "Traceback" not in result.stderr
 
 
-def test_byte_code_of_another_python(environment, folder):
-    (folder / "program.pyc").write_bytes(bytes(64))
-    plain, ours = both(environment, folder, "", ["program.pyc"])
-    assert ours == plain
-
-
 def test_a_package_that_fails(environment, folder):
     (folder / "package/__init__.py").write_text("import no_such_module")
     plain, ours = both(environment, folder, "", ["-m", "package.program"])
     assert ours == plain
     assert "No module named 'no_such_module'" in ours[1]
-
-
-def test_an_interactive_session(environment, folder):
-    for command in ([], RUN):
-        controller, terminal = pty.openpty()
-        os.write(controller, b"class Mine: pass\n\nprint(Mine, 6 * 7)\nraise SystemExit(3)\n")
-        result = environment.run(*command, "-", stdin=terminal, env={"TERM": "dumb"})
-        os.close(controller)
-        os.close(terminal)
-        assert "<class '__main__.Mine'> 42" in result.stdout
-        assert result.returncode == 3, result.stderr
 
 
 def test_after_the_program_its_names_are_there(environment, folder):
@@ -242,6 +227,17 @@ ON = "import hf_packfix, os, sys; print(hf_packfix.status().reason, os.environ['
 def test_the_plugin_is_on(environment, variable, value):
     result = environment.run(*RUN, "-c", ON, variable=variable)
     assert result.stdout == f"activated by hf-packfix run {value} False\n", result.stderr
+
+
+@pytest.mark.parametrize("end", ["print('done')", "1 / 0", "raise SystemExit(3)"])
+def test_the_status_of_a_program_when_it_has_ended(environment, folder, end):
+    program = f"import atexit; atexit.register(lambda: print('end', file=__import__('sys').stderr)); {end}"
+    plain, ours = both(environment, folder, program, ["-c", program])
+    result = environment.run(*RUN, "--status", "-c", program)
+    assert ours == plain == (result.stdout, plain[1], result.returncode)
+    before, _, status = result.stderr.partition("\nhf_packfix is enabled: activated by hf-packfix run\n")
+    assert before.splitlines()[-1] == "end"
+    assert "pending        transformers.trainer:Trainer._prepare_input\n" in status
 
 
 def test_without_start_up_files(environment, folder):
@@ -277,7 +273,12 @@ def test_from_a_zip_application(environment, folder):
         (["-c"], "argument -c: expected one argument"),
         (["--epochs", "x.py"], "unrecognized arguments: --epochs; options of Python stand before: python --epochs -m"),
         (["nowhere.py"], "cannot open 'nowhere.py': No such file or directory\n"),
-        (["no.where"], "cannot open 'no.where': No such file or directory; for a module, use: hf-packfix run -m no.w"),
+        (["train.txt"], "cannot open 'train.txt': No such file or directory\n"),
+        (["package.program"], "No such file or directory; for a module, use: hf-packfix run -m package.program\n"),
+        (["train"], "No such file or directory; for a module, use: hf-packfix run -m train\n"),
+        (["python", "train.py", "a b"], "did you mean: hf-packfix run train.py 'a b'\n"),
+        (["python3", "-m", "train"], "did you mean: hf-packfix run -m train\n"),
+        (["bash", "train.sh"], "for a command that is no Python file, use: HF_PACKFIX=1 bash train.sh\n"),
         (["-m", "no.where"], "No module named 'no'"),
         (["-mnowhere"], "No module named nowhere"),
         (["-m", "json"], "'json' is a package and cannot be directly executed"),
@@ -286,12 +287,37 @@ def test_from_a_zip_application(environment, folder):
 )
 def test_wrong_usage(environment, folder, words, message):
     (folder / "empty").mkdir()
+    (folder / "train.py").touch()
     result = environment.run(*RUN, *words, cwd=folder)
     assert (result.returncode, result.stdout) == (2, "")
     usage, _, error = result.stderr.rpartition("hf-packfix run: error: ")
-    assert usage.startswith("usage: hf-packfix run SCRIPT [ARGS...]\n")
+    assert usage.startswith("usage: hf-packfix run [--status] SCRIPT [ARGS...]\n")
     assert error.count("\n") == 1
     assert message.replace("{folder}", str(folder)) in error
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["train.py", "--epochs", "3"], "run train.py --epochs 3"),
+        (["-m", "my.train"], "run -m my.train"),
+        (["app"], "run app"),
+        (["doctr", "-v"], "doctor"),
+    ],
+)
+def test_a_hint_instead_of_a_usage_page(environment, folder, words, meant):
+    result = environment.run("-m", "hf_packfix", *words, cwd=folder)
+    error = f"hf-packfix: error: {words[0]!r} is not a command; did you mean: hf-packfix {meant}\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", error)
+
+
+@pytest.mark.parametrize("command", ["doctor", "demo", "docs"])
+def test_an_unknown_option_shows_the_usage_of_its_command(environment, command):
+    result = environment.run("-m", "hf_packfix", command, "--no-such-option")
+    usage = f"usage: hf-packfix {command} "
+    assert result.returncode == 2
+    assert result.stderr.startswith(usage)
+    assert result.stderr.endswith(f"hf-packfix {command}: error: unrecognized arguments: --no-such-option\n")
 
 
 def test_an_unsupported_version_is_named(environment, folder):

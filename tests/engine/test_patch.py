@@ -310,7 +310,7 @@ def test_a_function_lives_in_all_modules_that_imported_it(upstream, monkeypatch)
 
 def test_a_status_is_a_record(upstream):
     status = new_patch().status(True)
-    assert str(status) == f"{'pending':<14} {NAME}:C.f\n{'':<14}   a problem; a fix"
+    assert str(status) == f"{'pending':<14} {NAME}:C.f\n{'':<14}   a problem. With the patch: a fix."
     with pytest.raises(dataclasses.FrozenInstanceError):
         status.state = "applied"
 

@@ -254,6 +254,7 @@ def test_run_trains_where_start_up_files_do_not_work(installed, program):
     [
         (["run"], "the following arguments are required: SCRIPT"),
         (["walk"], "invalid choice: 'walk'"),
+        (["doctr"], "'doctr' is not a command; did you mean: hf-packfix doctor\n"),
     ],
 )
 def test_bad_usage(installed, tmp_path, arguments, message):
@@ -282,12 +283,12 @@ def test_doctor_of_a_healthy_installation(installed):
     text = installed.run("-m", "hf_packfix", "doctor", variable="1")
     assert text.returncode == 0
     assert text.stdout.splitlines()[0] == "healthy"
-    assert "HF_PACKFIX is '1'" in text.stdout.splitlines()
+    assert "\nHF_PACKFIX is '1': every program that imports transformers is patched\n" in text.stdout
 
 
 def test_doctor_when_it_is_off(installed):
     status, report = doctor(installed, variable="off")
-    assert (status, report["problems"]) == (0, [])
+    assert (status, report["healthy"], report["problems"]) == (3, False, [])
     assert report["selftest"] == "skipped: hf_packfix is not enabled"
     assert report["status"]["reason"] == "HF_PACKFIX=off keeps it off"
 

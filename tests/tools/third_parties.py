@@ -6,8 +6,8 @@ Installs the packages once into a folder, as ``tests/tools/matrix.py`` does, and
 What is trained stands in ``tests/support/third_party_trainers.py``, which does not turn hf_packfix on: the variable
 ``HF_PACKFIX`` does. ``tests/support/third_party_hooks.py`` trains beside import hooks, of packages that each have a
 folder of their own, so that no program has a hook that it does not ask for.
-``tests/support/third_party_deepspeed.py`` trains with DeepSpeed, in two processes on the CPU. Exits with 1 if
-something is not as expected.
+``tests/support/third_party_deepspeed.py`` trains with DeepSpeed, ``tests/support/third_party_ray.py`` with Ray Train,
+each in two processes on the CPU. Exits with 1 if something is not as expected.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ HOOKED = [
 DEEPSPEED = "0.19.8"
 DEEPSPEED_NEEDS = ["einops", "hjson", "msgpack", "ninja", "py-cpuinfo", "pydantic"]
 #: How far packed and padded numbers may differ: by rounding; in bf16, in which a loss near 1.4 has steps of 0.008.
-DEEPSPEED_TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
+TOLERANCES = {"processes": 1e-5, "fp32": 1e-5, "bf16": 2e-2}
+#: Ray Train, which starts processes of its own.
+RAY = "2.60.0"
 
 #: What the doctor must find in each package: a Trainer, and its methods that are patched and call ``super()`` or not.
 TRAINERS = {
@@ -72,8 +74,6 @@ TRAINERS = {
         "sentence_transformers.sentence_transformer.trainer.SentenceTransformerTrainer": {},
     },
 }
-#: The functions of each package that cut tensors alone out of a batch, as losses with mini batches do.
-CUTS = {"trl": [], "sentence_transformers": ["sentence_transformers.base.losses.gradcache._create_minibatch"]}
 
 
 def environment(cache: Path, directory: Path) -> Environment:
@@ -123,9 +123,6 @@ def check_doctor(fresh: Environment) -> list[tuple[str, str, bool]]:
     for module, expected in TRAINERS.items():
         found = {name: report["trainers"].get(name) for name in expected}
         rows.append((f"doctor --import {module}", json.dumps(found), found == expected))
-        told = [text.split()[0] for text in report.get("warnings", ()) if " cuts the tensors of a batch" in text]
-        cuts = [name for name in told if name.startswith(module)]
-        rows.append((f"doctor --import {module}, cuts", json.dumps(cuts), cuts == CUTS[module]))
     return rows
 
 
@@ -175,28 +172,34 @@ def check_hooks(fresh: Environment, cache: Path) -> list[tuple[str, str, bool]]:
     return rows
 
 
-def sharded(fresh: Environment, folder: str, layout: str, file: Path) -> dict[str, Any]:
-    """Return what DeepSpeed's runs logged in two processes, by stage and precision."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    program = str(ROOT / "tests/support/third_party_deepspeed.py")
+def logged(fresh: Environment, folder: str, layout: str, file: Path, *command: str) -> dict[str, Any]:
+    """Return what the runs of a program logged in two processes, by name."""
     env = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": folder}
     variable = "1" if layout == "packed" else "0"
-    done = fresh.run(*launch, program, layout, str(file), variable=variable, env={**env, "PYTHONPATH": folder})
+    done = fresh.run(*command, layout, str(file), variable=variable, env=env)
     if done.returncode:
-        raise SystemExit(f"{program} {layout}, HF_PACKFIX={variable}:\n{done.stdout}\n{done.stderr}")
+        raise SystemExit(f"{command[-1]} {layout}, HF_PACKFIX={variable}:\n{done.stdout}\n{done.stderr}")
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return result
 
 
-def check_deepspeed(fresh: Environment, cache: Path, directory: Path) -> list[tuple[str, str, bool]]:
-    """Train with DeepSpeed on packed batches, and on padded ones with hf_packfix off."""
-    folder = str(matrix.fill(cache, "deepspeed", DEEPSPEED_NEEDS, [f"deepspeed=={DEEPSPEED}"]))
-    packed, padded = (sharded(fresh, folder, name, directory / f"{name}.json") for name in ("packed", "padded"))
+def check_processes(fresh: Environment, cache: Path, directory: Path) -> list[tuple[str, str, bool]]:
+    """Train with DeepSpeed and with Ray Train on packed batches, and on padded ones with hf_packfix off."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    deepspeed = matrix.fill(cache, "deepspeed", DEEPSPEED_NEEDS, [f"deepspeed=={DEEPSPEED}"])
+    ray = matrix.fill(cache, "ray", [f"ray[train]=={RAY}"], [])
     rows = []
-    for name, expected in padded.items():
-        text = f"eval loss {packed[name][-1]['eval_loss']:.6f}, padded {expected[-1]['eval_loss']:.6f}"
-        good = agree(packed[name], expected, DEEPSPEED_TOLERANCES[name.split()[-1]])
-        rows.append((f"DeepSpeed {DEEPSPEED}, {name}", text, good))
+    for package, folder, command in (
+        (f"DeepSpeed {DEEPSPEED}", deepspeed, [*launch, str(ROOT / "tests/support/third_party_deepspeed.py")]),
+        (f"Ray Train {RAY}", ray, [str(ROOT / "tests/support/third_party_ray.py")]),
+    ):
+        files = {layout: directory / f"{package} {layout}.json" for layout in ("packed", "padded")}
+        packed, padded = (logged(fresh, str(folder), layout, file, *command) for layout, file in files.items())
+        for name, expected in padded.items():
+            text = f"eval loss {packed[name][-1]['eval_loss']:.6f}, padded {expected[-1]['eval_loss']:.6f}"
+            good = agree(packed[name], expected, TOLERANCES[name.split()[-1]])
+            rows.append((f"{package}, {name}", text, good))
     return rows
 
 
@@ -209,7 +212,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="hf_packfix_third_parties_") as directory:
         fresh = environment(cache, Path(directory))
         rows = [*check_doctor(fresh), *check_training(fresh), *check_hooks(fresh, cache)]
-        rows += check_deepspeed(fresh, cache, Path(directory))
+        rows += check_processes(fresh, cache, Path(directory))
     print(", ".join(f"{name} {version}" for name, version in {**NEWEST, **PACKAGES}.items()))
     for name, text, good in rows:
         print(f"{'as expected' if good else 'NOT SO':<13}{name:<38}{text}")

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["CHANNELS", "SPEAKERS", "Row", "load"]
-
 CHANNELS, SPEAKERS = 12, 9
 Row = dict[str, Any]
 

@@ -53,6 +53,7 @@ def compute_metrics(prediction):
     return {"accuracy": sum(right) / len(right)}
 
 
+torch.set_num_threads(1)  # the steps of small layers are too short to share
 set_seed(0)
 patterns = torch.randn(10, 16)
 arguments = TrainingArguments(

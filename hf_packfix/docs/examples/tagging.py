@@ -14,6 +14,7 @@ import shelve
 import textwrap
 import tokenize
 
+import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_packfix import DataCollatorForPackedSequence
@@ -46,6 +47,7 @@ def compute_metrics(prediction):
     return {"accuracy": (prediction.predictions.argmax(-1) == prediction.label_ids)[real].mean()}
 
 
+torch.set_num_threads(1)  # the steps of small layers are too short to share
 set_seed(0)
 arguments = TrainingArguments(
     "tagging_output",

@@ -7,10 +7,8 @@ import io
 import tempfile
 from typing import Any
 
-__all__ = ["selftest"]
 
-
-def selftest() -> str | None:
+def try_trainer() -> str | None:
     """Train a step and evaluate a tagger on packed batches.
 
     Returns:
@@ -24,10 +22,6 @@ def selftest() -> str | None:
     if metrics.get("eval_shape") != [3, 4]:
         return f"compute_metrics got labels of the shape {metrics.get('eval_shape')}, expected [3, 4]"
     return None
-
-
-def _shape(prediction: Any) -> dict[str, Any]:
-    return {"shape": list(prediction.label_ids.shape)}
 
 
 def _train_and_evaluate(directory: str) -> dict[str, Any]:
@@ -47,6 +41,9 @@ def _train_and_evaluate(directory: str) -> dict[str, Any]:
     def collate(rows: list[dict[str, Any]]) -> dict[str, PackedSequence]:
         return {key: pack_sequence([row[key] for row in rows], enforce_sorted=False) for key in rows[0]}
 
+    def shape(prediction: Any) -> dict[str, Any]:
+        return {"shape": list(prediction.label_ids.shape)}
+
     rows: Any = [{"input_ids": torch.ones(n, 2), "labels": torch.arange(n) % 3} for n in (1, 4, 2)]
     arguments = TrainingArguments(
         directory,
@@ -57,14 +54,7 @@ def _train_and_evaluate(directory: str) -> dict[str, Any]:
         disable_tqdm=True,
         use_cpu=True,  # with several GPUs and no launcher the Trainer takes DataParallel, which nothing can mend
     )
-    trainer = Trainer(
-        Tagger(),
-        arguments,
-        collate,
-        rows,
-        rows,
-        compute_metrics=_shape,
-    )
+    trainer = Trainer(Tagger(), arguments, collate, rows, rows, compute_metrics=shape)
     trainer.train()
     metrics: dict[str, Any] = trainer.evaluate()
     return metrics
