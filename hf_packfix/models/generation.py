@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -76,6 +77,12 @@ class RecurrentCache:
     def _replace(self, function: Any) -> None:
         self.hidden_state = function(self.hidden_state)
         self.cell_state = None if self.cell_state is None else function(self.cell_state)
+
+
+with contextlib.suppress(ImportError, AttributeError):  # torch < 2.3 has no such function
+    from torch.export import register_dataclass
+
+    register_dataclass(RecurrentCache, serialized_type_name="hf_packfix.models.RecurrentCache")
 
 
 class RecurrentGenerationMixin(GenerationMixin):

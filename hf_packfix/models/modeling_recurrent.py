@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hf_packfix.models.configuration_recurrent import RecurrentConfig
 from hf_packfix.models.generation import RecurrentCache, RecurrentGenerationMixin
 from hf_packfix.models.loss import next_labels, sequence_loss, step_labels, step_loss
+from hf_packfix.models.traced import run_exported, run_traced
 from hf_packfix.models.upstream import (
     CACHE_NAME,
     CausalLMOutputWithPast,
@@ -34,7 +35,7 @@ from hf_packfix.models.upstream import (
     given_state,
 )
 from hf_packfix.packing.packed import PackedSequence, with_data
-from hf_packfix.packing.steps import Steps, map_steps, pack, real_steps, unpack
+from hf_packfix.packing.steps import Steps, is_exporting, is_tracing, map_steps, pack, real_steps, unpack
 from hf_packfix.rnn import GRU, LSTM, RNN
 
 __all__ = [
@@ -173,8 +174,13 @@ class RecurrentModel(RecurrentPreTrainedModel):
             )
         start = None if begun is None else begun.state
         real = real_steps(attention_mask, inputs, continues=begun is not None)
-        if real is None:
+        if isinstance(inputs, Tensor) and is_exporting():
+            steps, state = run_exported(self.rnn, self._embed(inputs), real, start)
+        elif real is None:
             steps, state = self.rnn(map_steps(self._embed, inputs), start)
+        elif is_tracing():
+            assert isinstance(inputs, Tensor)
+            steps, state = run_traced(self.rnn, self._embed(inputs), real, start)
         else:
             assert isinstance(inputs, Tensor)
             packed = pack(inputs, real)
@@ -207,7 +213,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
             raise ValueError(f"this model reads {name} alone, found {found or 'neither'}")
         packed = isinstance(inputs, PackedSequence)
         expected = [*(["N"] if packed else ["B", "T"]), *([] if features is None else [features])]
-        shape = list(inputs.data.shape)
+        # `torch.export` cannot trace `data` of a tensor that is a slice of another one.
+        shape = list(inputs.data.shape if isinstance(inputs, PackedSequence) else inputs.shape)
         if len(shape) != len(expected) or (features is not None and shape[-1] != features):
             raise ValueError(
                 f"{name} must be {'packed with data' if packed else 'a tensor'} of shape "
