@@ -22,6 +22,8 @@ from hf_packfix.models.upstream import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
 )
 
 __all__ = [
@@ -44,3 +46,6 @@ AutoModelForSequenceClassification.register(RecurrentConfig, RecurrentForSequenc
 AutoModelForTokenClassification.register(RecurrentConfig, RecurrentForTokenClassification, exist_ok=True)
 AutoConfig.register("recurrent-encoder-decoder", RecurrentEncoderDecoderConfig, exist_ok=True)
 AutoModelForSeq2SeqLM.register(RecurrentEncoderDecoderConfig, RecurrentEncoderDecoder, exist_ok=True)
+for _config in (RecurrentConfig, RecurrentEncoderDecoderConfig):
+    # Without it, `pipeline(model=directory)` of transformers 4.46 loads no tokenizer.
+    AutoTokenizer.register(_config, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)

@@ -1,0 +1,24 @@
+"""``transformers.models.auto.configuration_auto``: a saved recurrent model is loaded without an import of its classes."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from hf_packfix.patches.declare import around
+from hf_packfix.patches.patch import Function
+
+_OURS = ("recurrent", "recurrent-encoder-decoder")
+
+
+@around(
+    "transformers.models.auto.configuration_auto:_LazyConfigMapping.__contains__",
+    parameters=("self", "item"),
+    problem="does not know a saved model of hf_packfix.models before that module is imported",
+    fix="imports it when such a model is loaded",
+)
+def contains(original: Function, self: Any, item: Any) -> bool:
+    """Return whether a model type is known; ours are from the first question on."""
+    if item in _OURS and not original(self, item):
+        import_module("hf_packfix.models")  # registers them with the auto classes
+    return bool(original(self, item))
