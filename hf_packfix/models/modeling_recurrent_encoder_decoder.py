@@ -11,7 +11,7 @@ each be padded, ``[B, S]`` and ``[B, T]``, or packed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
         # One vector of width H for every layer of the decoder, two for an LSTM (hidden and cell state).
         states = config.num_hidden_layers * (2 if config.cell_type == "lstm" else 1)
         self.bridge = nn.Linear(self.encoder.config.output_size, states * config.hidden_size)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, cast(int, config.vocab_size), bias=False)
         self.post_init()
 
     @torch.no_grad()
@@ -161,7 +161,7 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
         Returns:
             int64 in the layout of the labels.
         """
-        return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+        return shift_right(labels, self.config.decoder_start_token_id, cast(int, self.config.pad_token_id))
 
     def labels_in_loss(self, inputs: Mapping[str, Any]) -> Steps:
         """Return the labels as the loss uses them, -100 at padding of the target; the Trainer counts these.

@@ -35,7 +35,7 @@ check_declarations(
         transformers_trainer_utils,
         transformers_trainer_seq2seq,
         transformers_batch_types,
-    transformers_models_auto_configuration_auto,
+        transformers_models_auto_configuration_auto,
         accelerate_utils_operations,
         accelerate_accelerator,
         torch_distributed_utils,

@@ -1,4 +1,4 @@
-"""``transformers.models.auto.configuration_auto``: a saved recurrent model is loaded without an import of its classes."""
+"""``transformers.models.auto.configuration_auto``: loading a saved recurrent model of ours in another process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OURS = ("recurrent", "recurrent-encoder-decoder")
     fix="imports it when such a model is loaded",
 )
 def contains(original: Function, self: Any, item: Any) -> bool:
-    """Return whether a model type is known; ours are from the first question on."""
+    """Return whether a model type is known, as ours always are."""
     if item in _OURS and not original(self, item):
         import_module("hf_packfix.models")  # registers them with the auto classes
     return bool(original(self, item))
