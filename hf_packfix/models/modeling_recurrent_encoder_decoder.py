@@ -135,7 +135,7 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
             decoder_input_ids,
             decoder_attention_mask,
             cache=begun,
-            use_cache=use_cache,
+            use_cache=self.config.use_cache if use_cache is None else use_cache,
             return_dict=True,
         )
         logits: Any = map_steps(self.lm_head, output.last_hidden_state)

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_packfix.packing.trees import any_leaf, rebuild
+from hf_packfix._warnings import warn_once
+from hf_packfix.packing.packed import PackedSequence, batch_size
+from hf_packfix.packing.trees import any_leaf, rebuild, sequences_of_keys
 
 __all__ = [
     "EvaluationBuffer",
@@ -28,10 +30,15 @@ __all__ = [
     "has_lengths",
     "lengths_of",
     "loop_is_packed",
+    "note_outputs",
     "note_packed",
-    "note_steps",
     "with_lengths",
 ]
+
+_LEAVE_OUT = (
+    "leave it out with ignore_keys= of evaluate() and predict(), or keys_to_ignore_at_inference in the model's "
+    "configuration"
+)
 
 #: The attribute of a tensor that holds its lengths and its version counter at that time.
 _ATTRIBUTE = "_hf_packfix_lengths"
@@ -40,9 +47,9 @@ _ATTRIBUTE = "_hf_packfix_lengths"
 class _Loop:
     def __init__(self) -> None:
         self.packed = False
-        #: The shape of the steps of what is packed, by name: in the first batch that had the name, and in this one.
-        self.first: dict[str, list[int]] = {}
-        self.now: dict[str, list[int]] = {}
+        #: The shape of the steps by name of the input or output: in the first batch that had it, and in this one.
+        self.first: dict[str, list[int] | None] = {}
+        self.now: dict[str, list[int] | None] = {}
 
 
 _loop: ContextVar[_Loop | None] = ContextVar("hf_packfix_evaluation_loop", default=None)
@@ -65,12 +72,76 @@ def note_packed() -> None:
         loop.packed = True
 
 
-def note_steps(steps: Mapping[str, list[int]]) -> None:
-    """Note the shape of the steps of what is packed in a batch, by name, for the error about shapes that differ."""
+def note_outputs(inputs: Mapping[str, Any], kept: Any, outputs: Any) -> None:
+    """Note the shapes of a packed batch in an evaluation loop, for errors, and check what the model returned for it.
+
+    Warns once if the first dimension of an output is not the number of rows while that of another one is, such as the
+    state ``[L, B, H]`` of a layer beside logits.
+
+    Args:
+        inputs: the batch.
+        kept: what the loop keeps of the outputs: a tuple, or the only one, or None.
+        outputs: all that the model returned, if that is known.
+
+    Raises:
+        TypeError: an output holds something that the loop cannot keep, such as a cache.
+    """
     loop = _loop.get()
-    if loop is not None:
-        loop.now = dict(steps)
-        loop.first = {**steps, **loop.first}
+    if loop is None or kept is None:
+        return
+    found = _by_name(kept, outputs)
+    for name, leaves in found.items():
+        other = next((leaf for leaf in leaves if not isinstance(leaf, (Tensor, PackedSequence))), leaves)
+        if other is not leaves:
+            kind = type(other).__name__
+            raise TypeError(f"{name} holds a {kind}, which cannot be joined with those of other batches: {_LEAVE_OUT}")
+    named = {repr(key): [value] for key, value in inputs.items()} | found
+    loop.now = {name: _steps(leaves[0]) for name, leaves in named.items() if len(leaves) == 1}
+    loop.first = {**loop.now, **loop.first}
+    rows = set(sequences_of_keys(inputs).values())
+    sizes = [(name, leaf, _rows(leaf)) for name, leaves in found.items() for leaf in leaves]
+    if not any(size in rows for _, _, size in sizes):
+        return
+    for name, leaf, size in sizes:
+        if size is not None and size not in rows and isinstance(leaf, Tensor):
+            warn_once(
+                f"{name} has shape {list(leaf.shape)} in a batch of {' and '.join(map(str, rows))} rows: the "
+                f"evaluation joins batches along the first dimension, which mixes up the rows. Return the rows first, "
+                f"as state.transpose(0, 1) does for a state [L, B, H], or {_LEAVE_OUT}",
+                cause=f"no batch: {name}",
+            )
+
+
+def _by_name(kept: Any, outputs: Any) -> dict[str, list[Any]]:
+    """Return the leaves of every output that is kept, by words for the output."""
+    several = isinstance(kept, (tuple, list)) and not isinstance(kept, PackedSequence)
+    # The loop keeps the values without their keys, detached.
+    keys = {_memory(value): key for key, value in outputs.items()} if isinstance(outputs, Mapping) else {}
+    result = {}
+    for place, value in enumerate(kept if several else [kept]):
+        key = keys.get(_memory(value))
+        name = f"output {place if key is None else repr(key)} of the model"
+        result[name if several or key is not None else "the output of the model"] = list(_leaves(value))
+    return result
+
+
+def _memory(value: Any) -> int:
+    first = next(_leaves(value), None)
+    return first.data.data_ptr() if isinstance(first, (Tensor, PackedSequence)) else id(first)
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, PackedSequence) or not isinstance(tree, (Mapping, tuple, list)):
+        yield tree
+        return
+    for item in tree.values() if isinstance(tree, Mapping) else tree:
+        yield from _leaves(item)
+
+
+def _rows(leaf: Tensor | PackedSequence) -> int | None:
+    if isinstance(leaf, PackedSequence):
+        return batch_size(leaf)
+    return len(leaf) if leaf.dim() else None
 
 
 def loop_is_packed() -> bool:
@@ -136,7 +207,7 @@ class EvaluationBuffer:
         """Keep a batch: the real steps of padded tensors that know their lengths, the rest as it is.
 
         Raises:
-            ValueError: the steps of a PackedSequence have another shape than in the first batch.
+            ValueError: steps have another shape than in the first batch.
         """
         batch = _to_jagged(tree, self._padding)
         if self._batches:
@@ -180,17 +251,21 @@ def _check_steps(first: Any, batch: Any, number: int, name: str = "") -> None:
     elif isinstance(first, (tuple, list)) and isinstance(batch, (tuple, list)):
         for place, pair in enumerate(zip(first, batch, strict=False)):
             _check_steps(*pair, number, f"position {place}")
-    elif isinstance(first, Jagged) or isinstance(batch, Jagged):
+    else:
         expected, found = _steps(first), _steps(batch)
         if found != expected:
             raise ValueError(
                 f"{_names(found, expected) or name or 'what the model returns'} has steps of shape {found} in batch "
                 f"{number} of the evaluation, but {expected} in batch 0: batches can be joined only if their steps "
-                f"have one shape"
+                f"have one shape. If it is an output that no metric needs, {_LEAVE_OUT}; or keep the batches apart "
+                f"with TrainingArguments(eval_do_concat_batches=False)"
             )
 
 
 def _steps(leaf: Any) -> list[int] | None:
+    """Return the dimensions that batches must share: all after rows and steps."""
+    if isinstance(leaf, PackedSequence):
+        return list(leaf.data.shape[1:])
     if isinstance(leaf, Jagged):
         return list(leaf.values.shape[1:])
     return list(leaf.shape[2:]) if isinstance(leaf, Tensor) else None
@@ -254,14 +329,7 @@ def _padded(pieces: Sequence[Jagged | Tensor], padding: float) -> Tensor:
         return torch.cat(tensors)
     heights = [len(piece.lengths) if isinstance(piece, Jagged) else len(piece) for piece in pieces]
     widths = list(map(_width, pieces))
-    trailing, *others = {piece.values.shape[1:] if isinstance(piece, Jagged) else piece.shape[2:] for piece in pieces}
-    if others:  # torch would broadcast some of them
-        found = ", ".join(sorted(str(list(shape)) for shape in (trailing, *others)))
-        raise ValueError(
-            f"batches can be joined only if their steps have one shape, found {found}: let the model or "
-            f"preprocess_logits_for_metrics return the same features in every batch, or pass "
-            f"TrainingArguments(eval_do_concat_batches=False)"
-        )
+    trailing = _steps(pieces[0]) or []
     result = torch.full((sum(heights), max(widths), *trailing), padding, dtype=_common_dtype(pieces), device="cpu")
     top = 0
     for piece, height, width in zip(pieces, heights, widths, strict=True):

@@ -59,31 +59,34 @@ def prediction_step(original: Function, self: Any, model: Any, inputs: Any, *arg
     if _evaluating.get():
         warn_of_uncovered_labels(self, inputs)
         _warn_of_several_batch_sizes(inputs)
-    with _bare_outputs_in_a_tuple(self):
+    with _bare_outputs_in_a_tuple(self) as outputs:
         result = original(self, model, inputs, *args, **kwargs)
-    evaluation.note_steps(_steps_by_name(inputs, result))
+    evaluation.note_outputs(inputs, result[1], outputs[0] if outputs else None)
     _warn_of_dropped_indices(inputs, result)
     return result
 
 
 @contextmanager
-def _bare_outputs_in_a_tuple(trainer: Any) -> Iterator[None]:
-    """Turn a bare PackedSequence that ``compute_loss`` returns as outputs into ``(loss, outputs)``.
+def _bare_outputs_in_a_tuple(trainer: Any) -> Iterator[list[Any]]:
+    """Turn a bare PackedSequence that ``compute_loss`` returns as outputs into ``(loss, outputs)``; yield the outputs.
 
     Upstream takes outputs that are no dict for a tuple that begins with the loss: ``outputs[1:]`` would be the fields
     of the PackedSequence without its data.
     """
+    outputs: list[Any] = []
     compute_loss, own = trainer.compute_loss, vars(trainer).get("compute_loss")
 
     def with_outputs_in_a_tuple(*args: Any, **kwargs: Any) -> Any:
         result = compute_loss(*args, **kwargs)
-        if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], packed.PackedSequence):
-            return result[0], result
+        if isinstance(result, tuple) and len(result) == 2:
+            outputs.append(result[1])
+            if isinstance(result[1], packed.PackedSequence):
+                return result[0], result
         return result
 
     trainer.compute_loss = with_outputs_in_a_tuple
     try:
-        yield
+        yield outputs
     finally:
         if own is None:
             del trainer.compute_loss
@@ -103,17 +106,6 @@ def _warn_of_several_batch_sizes(inputs: Mapping[str, Any]) -> None:
             f"put the key first whose sequences are the rows of the data set",
             cause=f"several batch sizes: {list(sizes)}",
         )
-
-
-def _steps_by_name(inputs: Mapping[str, Any], result: Any) -> dict[str, list[int]]:
-    """Return the shape of the steps of each packed key of a batch, and of what the model returned for it."""
-    outputs = result[1] if isinstance(result, tuple) and len(result) > 1 else None
-    named = [(repr(key), value) for key, value in inputs.items()]
-    if isinstance(outputs, tuple) and not isinstance(outputs, packed.PackedSequence):
-        named += [(f"output {place} of the model", output) for place, output in enumerate(outputs)]
-    else:
-        named.append(("the output of the model", outputs))
-    return {name: list(value.data.shape[1:]) for name, value in named if isinstance(value, packed.PackedSequence)}
 
 
 def _warn_of_dropped_indices(inputs: Mapping[str, Any], result: Any) -> None:
