@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from hf_packfix.patches import probe
-from hf_packfix.patches.declare import around, hand_made
+from hf_packfix.patches.declare import Declaration, around, hand_made
 from hf_packfix.patches.lazily import packed, torch, trees
 from hf_packfix.patches.patch import Function, Patch
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "_get_num_items_in_batch",
+    "_get_train_sampler",
     "_prepare_input",
     "_track_num_input_tokens",
     "compute_loss",
@@ -274,3 +275,29 @@ def _with_first_column(labels: PackedSequence) -> torch.Tensor:
     # [B, N / B, rounded up].
     sequences = int(labels.batch_sizes[0])
     return torch.nn.functional.pad(data, (0, -rows % sequences), value=-100).view(-1, sequences).T
+
+
+_SAMPLERS: Declaration = {
+    "parameters": ("self",),
+    "problem": "groups rows by length only if their key is input_ids or a column of lengths is left",
+    "fix": "groups them by the main input of the model",
+}
+
+
+@around("transformers.trainer:Trainer._get_eval_sampler", **_SAMPLERS)
+@around("transformers.trainer:Trainer._get_train_sampler", **_SAMPLERS)
+def _get_train_sampler(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the sampler; if upstream finds no lengths, as if the main input was that of a processing class."""
+    try:
+        return original(self, *args, **kwargs)
+    except ValueError as error:
+        name = getattr(self.model, "main_input_name", "input_ids")
+        if name == "input_ids":
+            raise
+        own, self.processing_class = self.processing_class, SimpleNamespace(model_input_names=[name])
+        try:
+            return original(self, *args, **kwargs)
+        except ValueError:
+            raise error from None
+        finally:
+            self.processing_class = own
