@@ -129,10 +129,7 @@ def download(requirement: str, folder: Path) -> Path:
 
 
 def check_models(requirement: str, cache: Path) -> dict[str, str]:
-    """Install a release of transformers and return, for every check of the models, what went wrong; empty if nothing.
-
-    The check of the upstream names also fails if a name is there before its declared first release.
-    """
+    """Install a release of transformers; return what went wrong in each check of the models, empty if nothing."""
     from tests import matrix
 
     python = matrix.interpreter(cache)

@@ -113,9 +113,8 @@ def examine(modules: Sequence[str]) -> Report:
         tested = "passed" if failure is None else f"failed: {failure}"
         if failure is not None:
             problems.append(f"the self-test failed: {failure}")
-        models, differences = _check_models()
+        models = _check_models()
         problems += [f"hf_packfix.models, {name}: {result}" for name, result in models.items() if result != "passed"]
-        warnings += differences
     trainers: dict[str, dict[str, bool]] = {}
     for name in modules:
         try:
@@ -163,17 +162,15 @@ def examine(modules: Sequence[str]) -> Report:
     )
 
 
-def _check_models() -> tuple[dict[str, str], list[str]]:
-    """Return the result of each check of the recurrent models, and the upstream names that are missing."""
+def _check_models() -> dict[str, str]:
+    """Return the result of each check of the recurrent models."""
     try:
         # Imported here: they need all of transformers.
         from hf_packfix.models.selftest import selftest
-        from hf_packfix.models.upstream import deviations
 
-        results = {name: f"failed: {failure}" if failure else "passed" for name, failure in selftest().items()}
-        return results, deviations()
+        return {name: f"failed: {failure}" if failure else "passed" for name, failure in selftest().items()}
     except Exception as error:
-        return {"import": f"failed: {in_a_line(error)}"}, []
+        return {"import": f"failed: {in_a_line(error)}"}
 
 
 def _startup_files() -> Iterator[tuple[str, str]]:

@@ -3,6 +3,17 @@
 Importing this package registers them with transformers' auto classes; activation does not import it.
 """
 
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
 from hf_packfix.models.configuration_recurrent import RecurrentConfig
 from hf_packfix.models.configuration_recurrent_encoder_decoder import RecurrentEncoderDecoderConfig
 from hf_packfix.models.generation import RecurrentCache
@@ -15,16 +26,6 @@ from hf_packfix.models.modeling_recurrent import (
     RecurrentPreTrainedModel,
 )
 from hf_packfix.models.modeling_recurrent_encoder_decoder import RecurrentEncoderDecoder
-from hf_packfix.models.upstream import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-)
 
 __all__ = [
     "RecurrentCache",

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_packfix.models.upstream import CACHE_NAME, PretrainedConfig
+from transformers import PretrainedConfig
+
+from hf_packfix.models.upstream import CACHE_NAME
 
 CELL_TYPES = ("rnn", "lstm", "gru")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
-from hf_packfix.models.upstream import CACHE_NAME, GenerationMixin, rename_state
+from hf_packfix.models.upstream import CACHE_NAME, rename_state
 from hf_packfix.packing.packed import PackedSequence, pad_left, with_data
 
 __all__ = ["RecurrentCache", "RecurrentGenerationMixin"]

@@ -19,21 +19,15 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput, TokenClassifierOutput
+from transformers.utils.generic import ModelOutput
 
 from hf_packfix.models.configuration_recurrent import RecurrentConfig
 from hf_packfix.models.generation import RecurrentCache, RecurrentGenerationMixin
 from hf_packfix.models.loss import next_labels, sequence_loss, step_labels, step_loss
 from hf_packfix.models.traced import run_exported, run_traced
-from hf_packfix.models.upstream import (
-    CACHE_NAME,
-    CausalLMOutputWithPast,
-    ModelOutput,
-    PretrainedConfig,
-    PreTrainedModel,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-    given_state,
-)
+from hf_packfix.models.upstream import CACHE_NAME, given_state
 from hf_packfix.packing.packed import PackedSequence, with_data
 from hf_packfix.packing.steps import Steps, is_exporting, is_tracing, map_steps, pack, real_steps, unpack
 from hf_packfix.rnn import GRU, LSTM, RNN

@@ -15,12 +15,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from hf_packfix.models.configuration_recurrent_encoder_decoder import RecurrentEncoderDecoderConfig
 from hf_packfix.models.generation import RecurrentCache, RecurrentGenerationMixin
 from hf_packfix.models.loss import shift_right, step_labels, step_loss
 from hf_packfix.models.modeling_recurrent import RecurrentModel, RecurrentModelOutput, returned
-from hf_packfix.models.upstream import CACHE_NAME, PreTrainedModel, Seq2SeqLMOutput, given_state
+from hf_packfix.models.upstream import CACHE_NAME, given_state
 from hf_packfix.packing.steps import Steps, map_steps
 
 __all__ = ["RecurrentEncoderDecoder"]
