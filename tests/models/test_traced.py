@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 from hf_packfix.models import (
     RecurrentConfig,
@@ -191,6 +192,13 @@ def test_an_exported_model_without_a_mask_reads_every_step(strict):
     )
     other = torch.randint(3, V, (2, 11))
     torch.testing.assert_close(program.module()(input_ids=other).logits, model(other).logits, **CLOSE)
+
+
+@exports
+def test_a_packed_batch_is_not_exported():
+    model, ids = build(RecurrentForSequenceClassification), pack_sequence([torch.tensor([3, 4]), torch.tensor([5])])
+    with pytest.raises(Exception, match="data-dependent"):
+        torch.export.export(model, (), {"input_ids": ids})
 
 
 @exports
