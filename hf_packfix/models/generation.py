@@ -13,8 +13,6 @@ from transformers import GenerationMixin
 from hf_packfix.models.upstream import CACHE_NAME, rename_state
 from hf_packfix.packing.packed import PackedSequence, pad_left, with_data
 
-__all__ = ["RecurrentCache", "RecurrentGenerationMixin"]
-
 
 @dataclass
 class RecurrentCache:

@@ -25,8 +25,6 @@ from hf_packfix.models.modeling_recurrent import RecurrentModel, RecurrentModelO
 from hf_packfix.models.upstream import CACHE_NAME, given_state
 from hf_packfix.packing.steps import Steps, map_steps
 
-__all__ = ["RecurrentEncoderDecoder"]
-
 
 class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
     """Sequence to sequence, for ``Seq2SeqTrainer`` and ``generate()``.
@@ -166,17 +164,7 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
         return shift_right(labels, self.config.decoder_start_token_id, cast(int, self.config.pad_token_id))
 
     def labels_in_loss(self, inputs: Mapping[str, Any]) -> Steps:
-        """Return the labels as the loss uses them, -100 at padding of the target; the Trainer counts these.
-
-        Args:
-            inputs: a batch with labels, by the keywords of :meth:`forward`.
-
-        Returns:
-            int64 ``[B, T]``, or packed.
-
-        Raises:
-            ValueError: the labels do not fit ``decoder_input_ids``, as in :meth:`forward`.
-        """
+        """Return the labels as the loss uses them, as ``RecurrentForCausalLM.labels_in_loss`` does."""
         labels = inputs["labels"]
         return step_labels(labels, inputs.get("decoder_input_ids", labels), inputs.get("decoder_attention_mask"))
 

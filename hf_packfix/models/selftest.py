@@ -41,8 +41,6 @@ from hf_packfix.models import (
 )
 from hf_packfix.models.upstream import CACHE_NAME, CACHE_NAMES
 
-__all__ = ["CELLS", "CHECKS", "selftest"]
-
 CELLS = ("rnn", "lstm", "gru")
 
 _VOCABULARY, _PAD, _START, _END = 11, 0, 1, 2

@@ -22,19 +22,6 @@ from hf_packfix._warnings import warn_once
 from hf_packfix.packing.packed import PackedSequence, batch_size
 from hf_packfix.packing.trees import any_leaf, rebuild, sequences_of_keys
 
-__all__ = [
-    "EvaluationBuffer",
-    "Jagged",
-    "any_has_lengths",
-    "evaluation_loop",
-    "has_lengths",
-    "lengths_of",
-    "loop_is_packed",
-    "note_outputs",
-    "note_packed",
-    "with_lengths",
-]
-
 _LEAVE_OUT = (
     "leave it out with ignore_keys= of evaluate() and predict(), or keys_to_ignore_at_inference in the model's "
     "configuration"

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from hf_packfix.packing.packed import PackedSequence, check, group_and_place, lengths_by_rank, ranks
 
-__all__ = ["concatenate", "from_jagged", "take", "to_jagged"]
-
 
 def to_jagged(packed: PackedSequence) -> tuple[Tensor, Tensor]:
     """Return the sequences one after the other, in original order, and their lengths.

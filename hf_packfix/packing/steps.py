@@ -17,8 +17,6 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from hf_packfix.packing.jagged import from_jagged, to_jagged
 from hf_packfix.packing.packed import PackedSequence, batch_size, lengths, pad, same_packing, with_data
 
-__all__ = ["Steps", "align", "map_steps", "pack", "previous_rows", "real_steps", "unpack"]
-
 Steps: TypeAlias = Tensor | PackedSequence
 
 #: Whether ``torch.export`` records, as ``torch.onnx.export(dynamo=True)`` lets it; torch < 2.7 cannot tell.
