@@ -7,6 +7,7 @@ rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,14 +54,13 @@ def run_exported(layer: nn.RNNBase, inputs: Tensor, real: Tensor | None, state: 
     """
     from torch._higher_order_ops.scan import scan
 
-    cell = _CELLS[layer.mode]
     directions = 2 if layer.bidirectional else 1
     if state is None:
         zeros = inputs.new_zeros(layer.num_layers * directions, inputs.shape[0], layer.hidden_size)
         state = (zeros, zeros) if layer.mode == "LSTM" else zeros
     states = state if isinstance(state, tuple) else (state,)
     if real is None:
-        real = inputs.new_ones(inputs.shape[:2], dtype=torch.bool)
+        real = torch.ones_like(inputs[..., 0], dtype=torch.bool)
     steps, by_step, finals = inputs.transpose(0, 1), real.T[..., None], []
     for number in range(layer.num_layers):
         if number and layer.dropout:
@@ -70,19 +70,26 @@ def run_exported(layer: nn.RNNBase, inputs: Tensor, real: Tensor | None, state: 
             place = number * directions + direction
             w_ih, w_hh, b_ih, b_hh = layer.all_weights[place]
 
-            def step(carry: Any, xs: Any, w_hh: Tensor = w_hh, b_hh: Tensor = b_hh) -> tuple[list[Tensor], Tensor]:
-                gates, is_real = xs
-                pairs = zip(cell(gates, carry, w_hh, b_hh), carry, strict=True)
-                after = [torch.where(is_real, new, old) for new, old in pairs]
-                return after, after[0].clone()  # what is returned twice must not be one tensor
-
             begun = [state[place].clone() for state in states]
+            step = _step_of(layer, w_hh, b_hh)
             final, output = scan(step, begun, (linear(steps, w_ih, b_ih), by_step), reverse=bool(direction))
             finals.append(final)
             outputs.append(output)
         steps = torch.cat(outputs, -1)
     hidden, *cells = map(torch.stack, zip(*finals, strict=True))
     return (steps * by_step).transpose(0, 1), (hidden, cells[0]) if cells else hidden
+
+
+def _step_of(layer: nn.RNNBase, w_hh: Tensor, b_hh: Tensor) -> Callable[[Any, Any], tuple[list[Tensor], Tensor]]:
+    cell = _CELLS[layer.mode]
+
+    def step(carry: list[Tensor], xs: Any) -> tuple[list[Tensor], Tensor]:
+        gates, is_real = xs
+        pairs = zip(cell(gates, carry, w_hh, b_hh), carry, strict=True)
+        after = [torch.where(is_real, new, old) for new, old in pairs]
+        return after, after[0].clone()  # what is returned twice must not be one tensor
+
+    return step
 
 
 def _lstm(gates: Tensor, carry: list[Tensor], w_hh: Tensor, b_hh: Tensor) -> tuple[Tensor, ...]:

@@ -38,7 +38,7 @@ def given_state(arguments: Mapping[str, Any]) -> Any:
     given = {name: arguments[name] for name in _STATE_NAMES if arguments.get(name) is not None}
     if len(given) > 1:
         raise ValueError(f"expected the recurrent state under one keyword, found {' and '.join(given)}: pass one")
-    return next(iter(given.values()), None)
+    return [*given.values(), None][0]  # dynamo of torch 2.7 has no `next` with a default
 
 
 def rename_state(arguments: dict[str, Any]) -> None:

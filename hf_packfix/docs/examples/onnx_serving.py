@@ -1,7 +1,7 @@
 """Train packed, export to ONNX, serve with onnxruntime: does a word end with the letter that it begins with?
 
-The exported program takes padded batches with a mask, of any number of rows and any length. This script needs torch
-from 2.7, onnx, onnxscript and onnxruntime; a process that only serves needs onnxruntime and NumPy.
+The exported program takes padded batches with a mask, of any number of rows and any length. The script is tested with
+torch 2.13 and 2.15, and needs onnx, onnxscript and onnxruntime; a process that only serves needs onnxruntime, NumPy.
 """
 
 import random
