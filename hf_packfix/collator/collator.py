@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from hf_packfix.collator.rows import (
     check_steps,
     has_steps,
     is_aligned,
+    pad_rows,
     promote,
     stack,
     without_empty,
@@ -26,7 +28,7 @@ from hf_packfix.collator.rows import (
 from hf_packfix.packing.jagged import from_jagged, packed_like, packing_of, to_jagged
 from hf_packfix.packing.packed import PackedSequence, check, num_tokens
 
-__all__ = ["DataCollatorForPackedSequence"]
+_COLLECTIONS = ("packed_keys", "tensor_keys", "padded_keys")
 
 # As in transformers' `default_data_collator` (`data/data_collator.py`).
 _LABEL_NAMES = ("label", "label_ids")
@@ -54,15 +56,16 @@ class DataCollatorForPackedSequence:
             index tensors: for models that drop these, such as those from before torch 1.1.
         empty: what to do with a row that has a sequence without steps, which cannot be packed: ``"error"``, or
             ``"drop"`` to leave the row out of the batch, in all keys.
+        padded_keys: keys to pad into a tensor ``[B, T, *]`` with -100 behind the end of a row, which may be empty,
+            as the target of a silent recording: ``ctc_loss`` takes ``labels`` and ``(labels != -100).sum(1)``.
 
     Raises:
         ValueError: when called, naming key and row: a feature is not a mapping or lacks a key, a sequence is
             empty (with ``empty="drop"``: one in each row), trailing dimensions or the shapes to stack differ, values
             are no numbers or of dtypes with no common one, or the mask fits no key, leaves no step, or would cut off
-            a label that is not padding; no row has a key of ``packed_keys`` or ``tensor_keys`` (other than labels,
-            which rows to predict do not have); with ``enforce_sorted``, no order of the rows sorts all keys.
-            At construction: a key is in both collections, a collection is a single string, or ``empty`` is
-            something else.
+            a label that is not padding; no row has a key of a collection (other than labels, which rows to predict do
+            not have); with ``enforce_sorted``, no order of the rows sorts all keys. At construction: a key is in two
+            collections, a collection is a single string, or ``empty`` is something else.
 
     Example:
         >>> from hf_packfix import DataCollatorForPackedSequence, pad
@@ -81,34 +84,34 @@ class DataCollatorForPackedSequence:
     keep_attention_mask: bool = False
     enforce_sorted: bool = False
     empty: Literal["error", "drop"] = "error"
+    padded_keys: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        for name in ("packed_keys", "tensor_keys"):
-            if isinstance(getattr(self, name), str):
-                raise ValueError(
-                    f"{name} must be a collection of keys, found the string {getattr(self, name)!r}; put it "
-                    f"into a list"
-                )
-        both = _batch_names(self.packed_keys) & _batch_names(self.tensor_keys)
-        if both:
-            raise ValueError(f"packed_keys and tensor_keys must not share a key, found {sorted(both)} in both")
+        seen: dict[str, str] = {}
+        for name in _COLLECTIONS:
+            keys = getattr(self, name)
+            if isinstance(keys, str):
+                raise ValueError(f"{name} must be a collection of keys, found the string {keys!r}; put it into a list")
+            for key in _batch_names(keys):
+                if key in seen:
+                    raise ValueError(f"{seen[key]} and {name} must not share a key, found {[key]} in both")
+                seen[key] = name
         if self.empty not in ("error", "drop"):
             raise ValueError(f"empty must be 'error' or 'drop', found {self.empty!r}")
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | PackedSequence]:
         """Return the batch of these features."""
-        packed_keys, tensor_keys = _batch_names(self.packed_keys), _batch_names(self.tensor_keys)
+        packed_keys, tensor_keys, padded_keys = (_batch_names(getattr(self, name)) for name in _COLLECTIONS)
+        named = packed_keys | tensor_keys | padded_keys
         found = _columns(features)
-        _check_known(packed_keys | tensor_keys, found)
+        _check_known(named, found)
         columns = {
             key: [as_tensor(value, key, row) for row, value in enumerate(values)]
             for key, values in found.items()
-            if key in packed_keys or key in tensor_keys or not _is_left_out(values[0])
+            if key in named or not _is_left_out(values[0])
         }
         packed = [
-            key
-            for key, values in columns.items()
-            if key not in tensor_keys and (key in packed_keys or has_steps(values[0]))
+            key for key, values in columns.items() if key in packed_keys or (key not in named and has_steps(values[0]))
         ]
         masks = columns.get("attention_mask")
         if masks is not None and "attention_mask" not in tensor_keys:
@@ -122,10 +125,8 @@ class DataCollatorForPackedSequence:
         if self.enforce_sorted:
             rows = by_length(columns, packed, rows)
         packings: dict[tuple[int, ...], PackedSequence] = {}
-        return {
-            key: self._pack(key, values, rows, packings) if key in packed else stack(key, values, rows)
-            for key, values in columns.items()
-        }
+        make = dict.fromkeys(packed, partial(self._pack, packings)) | dict.fromkeys(padded_keys, pad_rows)
+        return {key: make.get(key, stack)(key, values, rows) for key, values in columns.items()}
 
     def _cut(self, columns: dict[str, list[Any]], masks: list[Any], tensor_keys: Collection[str]) -> None:
         """Take out the steps that a row's mask calls padding, in place."""
@@ -157,7 +158,7 @@ class DataCollatorForPackedSequence:
                 columns[key][row] = columns[key][row][keep[row]]
 
     def _pack(
-        self, key: str, column: list[Any], rows: list[int], packings: dict[tuple[int, ...], PackedSequence]
+        self, packings: dict[tuple[int, ...], PackedSequence], key: str, column: list[Any], rows: list[int]
     ) -> PackedSequence:
         """Return the rows of one key as a PackedSequence; keys of the same lengths share all other fields."""
         values = [column[row] for row in rows]
@@ -226,5 +227,5 @@ def _check_known(keys: set[str], columns: Mapping[str, Any]) -> None:
     unknown = sorted(keys - columns.keys() - {"labels"})  # rows to predict have no labels
     if unknown:
         raise ValueError(
-            f"packed_keys and tensor_keys must name keys of the rows, found {unknown}; the rows have {list(columns)}"
+            f"{', '.join(_COLLECTIONS)} must name keys of the rows, found {unknown}; the rows have {list(columns)}"
         )

@@ -11,26 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from hf_packfix.packing.packed import PackedSequence, batch_size, num_tokens
-
-__all__ = [
-    "DROP",
-    "as_tensor",
-    "by_length",
-    "check_labels",
-    "check_packed_masks",
-    "check_sequence",
-    "check_steps",
-    "has_steps",
-    "is_aligned",
-    "promote",
-    "stack",
-    "without_empty",
-]
+from hf_packfix.packing.packed import PackedSequence, batch_size, dtype_with, num_tokens
 
 IGNORED = -100
-DROP = "there is nothing to pack; drop such rows from the data set, or from their batch with empty='drop'"
+DROP = (
+    "there is nothing to pack; drop such rows from the data set, or from their batch with empty='drop'; a target that "
+    "may be empty, as that of CTC, belongs into padded_keys"
+)
 
 
 def as_tensor(value: Any, key: str, row: int) -> Tensor | PackedSequence:
@@ -93,9 +82,25 @@ def stack(key: str, column: list[Any], rows: list[int]) -> Tensor:
             raise ValueError(
                 f"{key!r} of row {row} has shape {list(value.shape)}, but row {rows[0]} has "
                 f"{list(values[0].shape)}: what is stacked must have one shape; to pack the key, name it in "
-                f"packed_keys"
+                f"packed_keys, to pad it, in padded_keys"
             )
     return torch.stack(promote(key, values, rows))
+
+
+def pad_rows(key: str, column: list[Any], rows: list[int]) -> Tensor:
+    """Return the rows as one tensor ``[B, T, *]``, padded with -100; a row may be empty."""
+    values = [column[row] for row in rows]
+    first = next((place for place, value in enumerate(values) if _steps(value)), None)
+    for row, value in zip(rows, values, strict=True):
+        if isinstance(value, PackedSequence):
+            raise ValueError(f"{key!r} of row {row} is a PackedSequence, which cannot be padded: pack the key")
+        if first is not None and _steps(value) != 0:
+            check_sequence(key, row, value, values[first], rows[first])
+    # Of an empty list, neither the dtype nor the shape of the steps is known.
+    nothing = torch.empty(0, dtype=torch.int64, device="cpu") if first is None else values[first][:0]
+    values = promote(key, [value if len(value) else nothing for value in values], rows)
+    dtype = dtype_with(values[0].dtype, IGNORED)
+    return pad_sequence([value.to(dtype) for value in values], batch_first=True, padding_value=IGNORED)
 
 
 def check_sequence(key: str, row: int, value: Tensor, first: Tensor, first_row: int) -> None:

@@ -14,8 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from hf_packfix.packing import leaves, map_leaves
+from hf_packfix._warnings import warn_once
+from hf_packfix.packing import PackedSequence, batch_size, leaves, map_leaves, rows_of_keys
+
+_LEAVE_OUT = (
+    "leave it out with ignore_keys= of evaluate() and predict(), or keys_to_ignore_at_inference in the model's "
+    "configuration"
+)
 
 
 @dataclass
@@ -25,20 +32,55 @@ class Loop:
     Attributes:
         evaluates: whether it computes metrics of labels; False for ``predict``, whose rows may have none.
         packed: whether it has met a packed batch.
-        steps: the shape of the steps of what is packed in the present batch, or made of it, by name.
+        steps: the shape of the steps of every input and output of the present batch, by name.
         first_steps: the same in the first batch that had the name.
     """
 
     evaluates: bool = False
     packed: bool = False
-    steps: dict[str, list[int]] = field(default_factory=dict)
-    first_steps: dict[str, list[int]] = field(default_factory=dict)
+    steps: dict[str, list[int] | None] = field(default_factory=dict)
+    first_steps: dict[str, list[int] | None] = field(default_factory=dict)
 
-    def note(self, steps: Mapping[str, list[int]]) -> None:
-        """Note the shapes of the steps of a packed batch."""
+    def note_outputs(self, inputs: Mapping[str, Any], kept: Any, outputs: Any) -> None:
+        """Note the shapes of a packed batch, for errors, and check what the model returned for it.
+
+        Warns once if the first dimension of an output is not the number of rows while that of another one is, such as
+        the state ``[L, B, H]`` of a layer beside logits.
+
+        Args:
+            inputs: the batch.
+            kept: what the loop keeps of the outputs: a tuple, or the only one, or None.
+            outputs: all that the model returned, if that is known.
+
+        Raises:
+            TypeError: an output holds something that the loop cannot keep, such as a cache.
+        """
         self.packed = True
-        self.steps = dict(steps)
-        self.first_steps = {**steps, **self.first_steps}
+        if kept is None:
+            return
+        found = _by_name(kept, outputs)
+        for name, values in found.items():
+            for value in values:
+                if not isinstance(value, (Tensor, PackedSequence)):
+                    raise TypeError(
+                        f"{name} holds a {type(value).__name__}, which cannot be joined with those of other batches: "
+                        f"{_LEAVE_OUT}"
+                    )
+        named = {repr(key): [value] for key, value in inputs.items()} | found
+        self.steps = {name: _steps(values[0]) for name, values in named.items() if len(values) == 1}
+        self.first_steps = {**self.steps, **self.first_steps}
+        rows = set(rows_of_keys(inputs).values())
+        sizes = [(name, _rows(value), value) for name, values in found.items() for value in values]
+        if not any(size in rows for _, size, _ in sizes):
+            return
+        for name, size, value in sizes:
+            if size is not None and size not in rows and isinstance(value, Tensor):
+                warn_once(
+                    f"{name} has shape {list(value.shape)} in a batch of {' and '.join(map(str, rows))} rows: the "
+                    f"evaluation joins batches along the first dimension, which mixes up the rows. Return the rows "
+                    f"first, as state.transpose(0, 1) does for a state [L, B, H], or {_LEAVE_OUT}",
+                    cause=f"no batch: {name}",
+                )
 
 
 _loop: ContextVar[Loop | None] = ContextVar("hf_packfix_evaluation_loop", default=None)
@@ -65,6 +107,36 @@ def is_packed() -> bool:
     return loop is not None and loop.packed
 
 
+def _by_name(kept: Any, outputs: Any) -> dict[str, list[Any]]:
+    """Return the leaves of every output that is kept, by words for the output."""
+    several = isinstance(kept, (tuple, list)) and not isinstance(kept, PackedSequence)
+    # The loop keeps the values without their keys, detached.
+    keys = {_memory(value): key for key, value in outputs.items()} if isinstance(outputs, Mapping) else {}
+    result = {}
+    for place, value in enumerate(kept if several else [kept]):
+        key = keys.get(_memory(value))
+        name = f"output {place if key is None else repr(key)} of the model"
+        result[name if several or key is not None else "the output of the model"] = leaves(value)
+    return result
+
+
+def _memory(value: Any) -> int:
+    first = next(iter(leaves(value)), None)
+    return first.data.data_ptr() if isinstance(first, (Tensor, PackedSequence)) else id(first)
+
+
+def _rows(leaf: Any) -> int | None:
+    if isinstance(leaf, PackedSequence):
+        return batch_size(leaf)
+    return len(leaf) if leaf.dim() else None
+
+
+def _steps(leaf: Any) -> list[int] | None:
+    """Return the dimensions that batches must share, all after rows and steps; None if there are no steps."""
+    shape = [1, *leaf.data.shape] if isinstance(leaf, PackedSequence) else getattr(leaf, "shape", ())
+    return list(shape[2:]) if len(shape) > 1 else None
+
+
 class SameShapes:
     """A check that the batches of an evaluation can be joined, before the rest of the data set is evaluated.
 
@@ -84,7 +156,7 @@ class SameShapes:
         Raises:
             ValueError: the numbers of tensors differ, or the shapes, of which NumPy and torch would repeat a one.
         """
-        shapes = [list(leaf.shape[2:]) if len(leaf.shape) > 1 else None for leaf in leaves(batch)]
+        shapes = list(map(_steps, leaves(batch)))
         expected = self._expected = shapes if self._expected is None else self._expected
         if len(shapes) != len(expected):
             raise ValueError(
@@ -98,9 +170,8 @@ class SameShapes:
                 raise ValueError(
                     f"{' and '.join(names) or f'number {place} of what the model returns'} has steps of shape "
                     f"{found} in batch {self._number} of the evaluation, but {first} in batch 0: batches can be "
-                    f"joined only if their steps have one shape. Let the model or preprocess_logits_for_metrics "
-                    f"return the same features in every batch, or pass "
-                    f"TrainingArguments(eval_do_concat_batches=False)"
+                    f"joined only if their steps have one shape. If it is an output that no metric needs, "
+                    f"{_LEAVE_OUT}; or keep the batches apart with TrainingArguments(eval_do_concat_batches=False)"
                 )
         self._number += 1
 

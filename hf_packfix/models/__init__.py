@@ -3,6 +3,17 @@
 Importing this package registers them with transformers' auto classes; activation does not import it.
 """
 
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
 from hf_packfix.models.configuration_recurrent import RecurrentConfig
 from hf_packfix.models.configuration_recurrent_encoder_decoder import RecurrentEncoderDecoderConfig
 from hf_packfix.models.generation import RecurrentCache
@@ -15,14 +26,6 @@ from hf_packfix.models.modeling_recurrent import (
     RecurrentPreTrainedModel,
 )
 from hf_packfix.models.modeling_recurrent_encoder_decoder import RecurrentEncoderDecoder
-from hf_packfix.models.upstream import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
 
 __all__ = [
     "RecurrentCache",
@@ -44,3 +47,6 @@ AutoModelForSequenceClassification.register(RecurrentConfig, RecurrentForSequenc
 AutoModelForTokenClassification.register(RecurrentConfig, RecurrentForTokenClassification, exist_ok=True)
 AutoConfig.register("recurrent-encoder-decoder", RecurrentEncoderDecoderConfig, exist_ok=True)
 AutoModelForSeq2SeqLM.register(RecurrentEncoderDecoderConfig, RecurrentEncoderDecoder, exist_ok=True)
+for _config in (RecurrentConfig, RecurrentEncoderDecoderConfig):
+    # Without it, `pipeline(model=directory)` of transformers 4.46 loads no tokenizer.
+    AutoTokenizer.register(_config, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)

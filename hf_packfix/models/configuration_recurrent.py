@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_packfix.models.upstream import CACHE_NAME, PretrainedConfig
+from transformers import PretrainedConfig
 
-__all__ = ["CELL_TYPES", "PROBLEM_TYPES", "RecurrentConfig", "check_choice", "check_positive"]
+from hf_packfix.models.upstream import CACHE_NAME
 
 CELL_TYPES = ("rnn", "lstm", "gru")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+#: What a saved ``config.json`` says to whoever finds that transformers does not know the model type.
+_REQUIRES = "import hf_packfix.models (pip install hf-packfix)"
 
 
 class RecurrentConfig(PretrainedConfig):
@@ -70,7 +73,10 @@ class RecurrentConfig(PretrainedConfig):
     ) -> None:
         if kwargs.get("problem_type") is not None:
             # Before super(), which in some releases refuses it with an error of another type.
-            check_choice("problem_type", kwargs["problem_type"], PROBLEM_TYPES)
+            _check_choice("problem_type", kwargs["problem_type"], PROBLEM_TYPES)
+        kwargs.pop("requires", None)
+        # trl reads `auto_map` of every model type that is not transformers' own.
+        self.auto_map: dict[str, str] = kwargs.pop("auto_map", {})
         super().__init__(**kwargs)
         # After super(), which in transformers 4 sets the token ids and `tie_word_embeddings` to its own
         # defaults, and in transformers 5 does not know them.
@@ -91,7 +97,8 @@ class RecurrentConfig(PretrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the fields to save; ``tie_word_embeddings`` always, transformers' own default being True."""
-        return {**super().to_diff_dict(), "tie_word_embeddings": self.tie_word_embeddings}
+        changed = {**super().to_diff_dict(), "tie_word_embeddings": self.tie_word_embeddings, "requires": _REQUIRES}
+        return {name: value for name, value in changed.items() if name != "auto_map" or value}
 
     @property
     def num_directions(self) -> int:
@@ -109,7 +116,7 @@ class RecurrentConfig(PretrainedConfig):
         return self.num_directions * self.hidden_size
 
     def _check(self) -> None:
-        check_choice("cell_type", self.cell_type, CELL_TYPES)
+        _check_choice("cell_type", self.cell_type, CELL_TYPES)
         if (self.vocab_size is None) == (self.input_size is None):
             raise ValueError(
                 f"expected exactly one of vocab_size (for input_ids) and input_size (for input_values), "
@@ -120,11 +127,11 @@ class RecurrentConfig(PretrainedConfig):
                 f"embedding_size={self.embedding_size} needs a vocab_size; features of input_size are not "
                 f"embedded, leave embedding_size out"
             )
-        check_positive("hidden_size", self.hidden_size)
-        check_positive("num_hidden_layers", self.num_hidden_layers)
+        _check_positive("hidden_size", self.hidden_size)
+        _check_positive("num_hidden_layers", self.num_hidden_layers)
         for name in ("vocab_size", "input_size", "embedding_size"):
             if getattr(self, name) is not None:
-                check_positive(name, getattr(self, name))
+                _check_positive(name, getattr(self, name))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, found {self.dropout!r}")
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
@@ -148,13 +155,11 @@ class RecurrentConfig(PretrainedConfig):
                 raise ValueError(f"{name} must be at least 0 and below vocab_size={self.vocab_size}, found {token}")
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise ``ValueError`` where a field is not one of its choices."""
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}")
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raise ``ValueError`` where a field is not an integer of at least 1."""
+def _check_positive(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, found {value!r}")

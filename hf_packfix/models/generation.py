@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
-from hf_packfix.models.upstream import CACHE_NAME, GenerationMixin, rename_state
+from hf_packfix.models.upstream import CACHE_NAME, rename_state
 from hf_packfix.packing.packed import PackedSequence, pad_left, with_data
-
-__all__ = ["RecurrentCache", "RecurrentGenerationMixin"]
 
 
 @dataclass
@@ -76,6 +76,12 @@ class RecurrentCache:
     def _replace(self, function: Any) -> None:
         self.hidden_state = function(self.hidden_state)
         self.cell_state = None if self.cell_state is None else function(self.cell_state)
+
+
+with contextlib.suppress(ImportError, AttributeError):  # torch < 2.3 has no such function
+    from torch.export import register_dataclass
+
+    register_dataclass(RecurrentCache, serialized_type_name="hf_packfix.models.RecurrentCache")
 
 
 class RecurrentGenerationMixin(GenerationMixin):

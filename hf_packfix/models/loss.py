@@ -16,8 +16,6 @@ from hf_packfix.models.configuration_recurrent import PROBLEM_TYPES, RecurrentCo
 from hf_packfix.models.steps import Steps, align, previous_rows, real_steps
 from hf_packfix.packing.packed import PackedSequence, batch_size, with_data
 
-__all__ = ["IGNORED", "next_labels", "sequence_loss", "shift_right", "step_labels", "step_loss"]
-
 IGNORED = -100
 
 

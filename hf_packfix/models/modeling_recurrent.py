@@ -19,32 +19,18 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput, TokenClassifierOutput
+from transformers.utils.generic import ModelOutput
 
 from hf_packfix.models.configuration_recurrent import RecurrentConfig
 from hf_packfix.models.generation import RecurrentCache, RecurrentGenerationMixin
 from hf_packfix.models.loss import next_labels, sequence_loss, step_labels, step_loss
-from hf_packfix.models.steps import Steps, map_steps, pack, real_steps, unpack
-from hf_packfix.models.upstream import (
-    CACHE_NAME,
-    CausalLMOutputWithPast,
-    ModelOutput,
-    PretrainedConfig,
-    PreTrainedModel,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-    given_state,
-)
+from hf_packfix.models.steps import Steps, is_exporting, is_tracing, map_steps, pack, real_steps, unpack
+from hf_packfix.models.traced import run_exported, run_traced
+from hf_packfix.models.upstream import CACHE_NAME, given_state
 from hf_packfix.packing.packed import PackedSequence, with_data
 from hf_packfix.rnn import GRU, LSTM, RNN
-
-__all__ = [
-    "RecurrentForCausalLM",
-    "RecurrentForSequenceClassification",
-    "RecurrentForTokenClassification",
-    "RecurrentModel",
-    "RecurrentModelOutput",
-    "RecurrentPreTrainedModel",
-]
 
 Output = TypeVar("Output", bound=ModelOutput)
 
@@ -173,8 +159,13 @@ class RecurrentModel(RecurrentPreTrainedModel):
             )
         start = None if begun is None else begun.state
         real = real_steps(attention_mask, inputs, continues=begun is not None)
-        if real is None:
+        if isinstance(inputs, Tensor) and is_exporting():
+            steps, state = run_exported(self.rnn, self._embed(inputs), real, start)
+        elif real is None:
             steps, state = self.rnn(map_steps(self._embed, inputs), start)
+        elif is_tracing():
+            assert isinstance(inputs, Tensor)
+            steps, state = run_traced(self.rnn, self._embed(inputs), real, start)
         else:
             assert isinstance(inputs, Tensor)
             packed = pack(inputs, real)
@@ -207,7 +198,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
             raise ValueError(f"this model reads {name} alone, found {found or 'neither'}")
         packed = isinstance(inputs, PackedSequence)
         expected = [*(["N"] if packed else ["B", "T"]), *([] if features is None else [features])]
-        shape = list(inputs.data.shape)
+        # `torch.export` cannot trace `data` of a tensor that is a slice of another one.
+        shape = list(inputs.data.shape if isinstance(inputs, PackedSequence) else inputs.shape)
         if len(shape) != len(expected) or (features is not None and shape[-1] != features):
             raise ValueError(
                 f"{name} must be {'packed with data' if packed else 'a tensor'} of shape "
@@ -219,67 +211,14 @@ class RecurrentModel(RecurrentPreTrainedModel):
 class _Classifier(RecurrentPreTrainedModel):
     """The network and a linear layer on top, to the logits of the labels."""
 
+    _output: type[Any]
+
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         self.recurrent = RecurrentModel(config)
         self.classifier = nn.Linear(config.output_size, cast(int, config.num_labels))
         self.post_init()
-
-
-class RecurrentForSequenceClassification(_Classifier):
-    """One prediction for each sequence, from the state after the last real step.
-
-    Example:
-        >>> from torch.nn.utils.rnn import pack_sequence
-        >>> config = RecurrentConfig("lstm", vocab_size=6, num_labels=3)
-        >>> ids = pack_sequence([torch.tensor([1, 2]), torch.tensor([3, 4, 5])], enforce_sorted=False)
-        >>> RecurrentForSequenceClassification(config)(ids, labels=torch.tensor([0, 2])).logits.shape
-        torch.Size([2, 3])
-    """
-
-    def forward(
-        self,
-        input_ids: Steps | None = None,
-        attention_mask: Steps | None = None,
-        input_values: Steps | None = None,
-        labels: Tensor | None = None,
-        return_dict: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **loss_kwargs: Any,
-    ) -> SequenceClassifierOutput | tuple[Any, ...]:
-        """Return ``logits`` ``[B, C]`` and, with labels, the loss.
-
-        Args:
-            input_ids: see :meth:`RecurrentModel.forward`, as are the next two.
-            attention_mask: padding is zero.
-            input_values: features.
-            labels: int64 ``[B]`` for single-label classification, ``[B, C]`` for multi-label, float
-                ``[B, C]`` (``[B]`` where C is 1) for regression; ``config.problem_type`` says which, and is
-                set from the first labels where it is None.
-            return_dict: False for a plain tuple.
-            num_items_in_batch: what the summed loss is divided by.
-            **loss_kwargs: ignored. From this name, transformers 4.46 knows that we take ``num_items_in_batch``.
-
-        Raises:
-            ValueError: see :meth:`RecurrentModel.forward`; or the labels have another shape.
-        """
-        output = self.recurrent(input_ids, attention_mask, input_values, use_cache=False, return_dict=True)
-        logits = self.classifier(output.pooler_output)
-        loss = None if labels is None else sequence_loss(logits, labels, self.config, num_items_in_batch)
-        return returned(SequenceClassifierOutput(loss=loss, logits=logits), self.config, return_dict)
-
-
-class RecurrentForTokenClassification(_Classifier):
-    """One prediction for each step.
-
-    Example:
-        >>> from torch.nn.utils.rnn import pack_sequence
-        >>> config = RecurrentConfig("lstm", vocab_size=6, num_labels=3, bidirectional=True)
-        >>> ids = pack_sequence([torch.tensor([1, 2]), torch.tensor([3, 4, 5])], enforce_sorted=False)
-        >>> RecurrentForTokenClassification(config)(ids).logits.data.shape
-        torch.Size([5, 3])
-    """
 
     def forward(
         self,
@@ -290,14 +229,14 @@ class RecurrentForTokenClassification(_Classifier):
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **loss_kwargs: Any,
-    ) -> TokenClassifierOutput | tuple[Any, ...]:
-        """Return ``logits`` ``[B, T, C]``, or packed, and, with labels, the loss over real steps.
+    ) -> ModelOutput | tuple[Any, ...]:
+        """Return ``logits`` and, with labels, the loss.
 
         Args:
             input_ids: see :meth:`RecurrentModel.forward`, as are the next two.
             attention_mask: padding is zero.
             input_values: features.
-            labels: int64 ``[B, T]``, or packed where the inputs are; -100 is ignored, and so is padding.
+            labels: see the class.
             return_dict: False for a plain tuple.
             num_items_in_batch: what the summed loss is divided by.
             **loss_kwargs: ignored. From this name, transformers 4.46 knows that we take ``num_items_in_batch``.
@@ -306,24 +245,65 @@ class RecurrentForTokenClassification(_Classifier):
             ValueError: see :meth:`RecurrentModel.forward`; or the labels do not fit the inputs.
         """
         output = self.recurrent(input_ids, attention_mask, input_values, use_cache=False, return_dict=True)
-        logits: Any = map_steps(self.classifier, output.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = step_loss(logits, step_labels(labels, logits, attention_mask), num_items_in_batch)
-        return returned(TokenClassifierOutput(loss=loss, logits=logits), self.config, return_dict)
+        logits = self._logits(output)
+        loss = None if labels is None else self._loss(logits, labels, attention_mask, num_items_in_batch)
+        return returned(self._output(loss=loss, logits=logits), self.config, return_dict)
+
+    def _logits(self, output: RecurrentModelOutput) -> Any:
+        raise NotImplementedError
+
+    def _loss(self, logits: Any, labels: Any, attention_mask: Steps | None, items: Tensor | int | None) -> Tensor:
+        raise NotImplementedError
+
+
+class RecurrentForSequenceClassification(_Classifier):
+    """One prediction for each sequence, from the state after the last real step: ``logits`` are ``[B, C]``.
+
+    ``forward`` takes ``input_ids``, ``attention_mask`` and ``input_values`` as :class:`RecurrentModel` does, and
+    ``labels``: int64 ``[B]`` for single-label classification, ``[B, C]`` for multi-label, float ``[B, C]`` (``[B]``
+    where C is 1) for regression. If ``config.problem_type`` is None, it is set from the first labels.
+
+    Example:
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> config = RecurrentConfig("lstm", vocab_size=6, num_labels=3)
+        >>> ids = pack_sequence([torch.tensor([1, 2]), torch.tensor([3, 4, 5])], enforce_sorted=False)
+        >>> RecurrentForSequenceClassification(config)(ids, labels=torch.tensor([0, 2])).logits.shape
+        torch.Size([2, 3])
+    """
+
+    _output = SequenceClassifierOutput
+
+    def _logits(self, output: RecurrentModelOutput) -> Any:
+        return self.classifier(output.pooler_output)
+
+    def _loss(self, logits: Any, labels: Any, attention_mask: Steps | None, items: Tensor | int | None) -> Tensor:
+        return sequence_loss(logits, labels, self.config, items)
+
+
+class RecurrentForTokenClassification(_Classifier):
+    """One prediction for each step: ``logits`` are ``[B, T, C]``, or packed.
+
+    ``forward`` takes ``input_ids``, ``attention_mask`` and ``input_values`` as :class:`RecurrentModel` does, and
+    ``labels``: int64 ``[B, T]``, or packed where the inputs are; -100 is ignored, and so is padding.
+
+    Example:
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> config = RecurrentConfig("lstm", vocab_size=6, num_labels=3, bidirectional=True)
+        >>> ids = pack_sequence([torch.tensor([1, 2]), torch.tensor([3, 4, 5])], enforce_sorted=False)
+        >>> RecurrentForTokenClassification(config)(ids).logits.data.shape
+        torch.Size([5, 3])
+    """
+
+    _output = TokenClassifierOutput
+
+    def _logits(self, output: RecurrentModelOutput) -> Any:
+        return map_steps(self.classifier, cast(Steps, output.last_hidden_state))
+
+    def _loss(self, logits: Any, labels: Any, attention_mask: Steps | None, items: Tensor | int | None) -> Tensor:
+        return step_loss(logits, step_labels(labels, logits, attention_mask), items)
 
     def labels_in_loss(self, inputs: Mapping[str, Any]) -> Steps:
-        """Return the labels as the loss uses them, -100 at padding; the Trainer counts these.
-
-        Args:
-            inputs: a batch with labels, by the keywords of :meth:`forward`.
-
-        Returns:
-            int64 ``[B, T]``, or packed.
-
-        Raises:
-            ValueError: the labels do not fit the inputs, as in :meth:`forward`.
-        """
+        """Return the labels as the loss uses them, as :meth:`RecurrentForCausalLM.labels_in_loss` does."""
         labels = inputs["labels"]
         return step_labels(labels, inputs.get(self.main_input_name, labels), inputs.get("attention_mask"))
 

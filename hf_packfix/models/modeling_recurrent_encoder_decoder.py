@@ -11,19 +11,19 @@ each be padded, ``[B, S]`` and ``[B, T]``, or packed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from hf_packfix.models.configuration_recurrent_encoder_decoder import RecurrentEncoderDecoderConfig
 from hf_packfix.models.generation import RecurrentCache, RecurrentGenerationMixin
 from hf_packfix.models.loss import shift_right, step_labels, step_loss
 from hf_packfix.models.modeling_recurrent import RecurrentModel, RecurrentModelOutput, returned
 from hf_packfix.models.steps import Steps, map_steps
-from hf_packfix.models.upstream import CACHE_NAME, PreTrainedModel, Seq2SeqLMOutput, given_state
-
-__all__ = ["RecurrentEncoderDecoder"]
+from hf_packfix.models.upstream import CACHE_NAME, given_state
 
 
 class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
@@ -52,7 +52,7 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
         # One vector of width H for every layer of the decoder, two for an LSTM (hidden and cell state).
         states = config.num_hidden_layers * (2 if config.cell_type == "lstm" else 1)
         self.bridge = nn.Linear(self.encoder.config.output_size, states * config.hidden_size)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, cast(int, config.vocab_size), bias=False)
         self.post_init()
 
     @torch.no_grad()
@@ -135,7 +135,7 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
             decoder_input_ids,
             decoder_attention_mask,
             cache=begun,
-            use_cache=use_cache,
+            use_cache=self.config.use_cache if use_cache is None else use_cache,
             return_dict=True,
         )
         logits: Any = map_steps(self.lm_head, output.last_hidden_state)
@@ -161,20 +161,10 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
         Returns:
             int64 in the layout of the labels.
         """
-        return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+        return shift_right(labels, self.config.decoder_start_token_id, cast(int, self.config.pad_token_id))
 
     def labels_in_loss(self, inputs: Mapping[str, Any]) -> Steps:
-        """Return the labels as the loss uses them, -100 at padding of the target; the Trainer counts these.
-
-        Args:
-            inputs: a batch with labels, by the keywords of :meth:`forward`.
-
-        Returns:
-            int64 ``[B, T]``, or packed.
-
-        Raises:
-            ValueError: the labels do not fit ``decoder_input_ids``, as in :meth:`forward`.
-        """
+        """Return the labels as the loss uses them, as ``RecurrentForCausalLM.labels_in_loss`` does."""
         labels = inputs["labels"]
         return step_labels(labels, inputs.get("decoder_input_ids", labels), inputs.get("decoder_attention_mask"))
 

@@ -25,9 +25,12 @@ from hf_packfix.packing.packed import (
     with_data,
 )
 
-__all__ = ["Steps", "align", "map_steps", "pack", "previous_rows", "real_steps", "unpack"]
-
 Steps: TypeAlias = Tensor | PackedSequence
+
+#: Whether ``torch.export`` records, as ``torch.onnx.export(dynamo=True)`` lets it; torch < 2.7 cannot tell.
+is_exporting: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_exporting", lambda: False)
+#: Whether ``torch.jit.trace`` records, as ``torch.onnx.export(dynamo=False)`` lets it.
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 
 def real_steps(attention_mask: Steps | None, inputs: Steps, *, continues: bool = False) -> Tensor | None:
@@ -40,7 +43,7 @@ def real_steps(attention_mask: Steps | None, inputs: Steps, *, continues: bool =
         continues: whether the inputs continue sequences; the mask may then begin with the steps before.
 
     Returns:
-        None where all steps are real, and for packed inputs.
+        None if all steps are real, and for packed inputs; while the program is recorded, only without a mask.
 
     Raises:
         ValueError: one is packed and the other is not, the mask has another shape than the inputs, or a row
@@ -57,6 +60,8 @@ def real_steps(attention_mask: Steps | None, inputs: Steps, *, continues: bool =
     shape = inputs.shape[:2]
     if continues:
         attention_mask = attention_mask[:, -shape[1] :]
+    if is_exporting() or is_tracing():
+        return attention_mask.bool()  # no branch: what is recorded must be right for any later mask
     if attention_mask.shape != shape:
         raise ValueError(
             f"attention_mask must have the shape of the inputs, {list(shape)}, found {list(attention_mask.shape)}"

@@ -21,8 +21,6 @@ from hf_packfix.packing.packed import (
     with_data,
 )
 
-__all__ = ["concatenate", "from_jagged", "packed_like", "packing_of", "take", "to_jagged"]
-
 
 def to_jagged(packed: PackedSequence) -> tuple[Tensor, Tensor]:
     """Return the sequences one after the other, in original order, and their lengths.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_packfix._warnings import warn_once
 from hf_packfix.engine import probe
-from hf_packfix.engine.declare import always, around, hand_made, holds_packed, is_active
+from hf_packfix.engine.declare import Declaration, always, around, hand_made, holds_packed, is_active
 from hf_packfix.engine.lazily import evaluation, packing, torch
 from hf_packfix.engine.patch import Patch, raise_if_unsafe, unsafe
 from hf_packfix.engine.targets import Function
@@ -434,35 +434,39 @@ def prediction_step(original: Function, self: Any, model: Any, inputs: Any, *arg
     """
     if not packing.check_batch(inputs):
         return original(self, model, inputs, *args, **kwargs)
-    loop = evaluation.current() or evaluation.Loop()
-    if loop.evaluates:
+    loop = evaluation.current()
+    if loop is not None and loop.evaluates:
         _warn_of_uncovered_labels(self, inputs)
         _warn_of_several_batch_sizes(inputs)
-    with _bare_outputs_in_a_tuple(self):
+    with _bare_outputs_in_a_tuple(self) as outputs:
         result = original(self, model, inputs, *args, **kwargs)
-    loop.note(_steps_by_name(inputs, result))
+    if loop is not None:
+        loop.note_outputs(inputs, result[1], outputs[0] if outputs else None)
     _warn_of_dropped_indices(inputs, result)
     return result
 
 
 @contextmanager
-def _bare_outputs_in_a_tuple(trainer: Any) -> Iterator[None]:
-    """Turn a bare PackedSequence that ``compute_loss`` returns as outputs into ``(loss, outputs)``.
+def _bare_outputs_in_a_tuple(trainer: Any) -> Iterator[list[Any]]:
+    """Turn a bare PackedSequence that ``compute_loss`` returns as outputs into ``(loss, outputs)``; yield the outputs.
 
     Upstream takes outputs that are no dict for a tuple that begins with the loss: ``outputs[1:]`` would be the fields
     of the PackedSequence without its data.
     """
+    outputs: list[Any] = []
     compute_loss, own = trainer.compute_loss, vars(trainer).get("compute_loss")
 
     def with_outputs_in_a_tuple(*args: Any, **kwargs: Any) -> Any:
         result = compute_loss(*args, **kwargs)
-        if isinstance(result, tuple) and len(result) == 2 and packing.is_packed(result[1]):
-            return result[0], result
+        if isinstance(result, tuple) and len(result) == 2:
+            outputs.append(result[1])
+            if packing.is_packed(result[1]):
+                return result[0], result
         return result
 
     trainer.compute_loss = with_outputs_in_a_tuple
     try:
-        yield
+        yield outputs
     finally:
         if own is None:
             del trainer.compute_loss
@@ -482,17 +486,6 @@ def _warn_of_several_batch_sizes(inputs: Mapping[str, Any]) -> None:
             f"put the key first whose sequences are the rows of the data set",
             cause=f"several batch sizes: {list(sizes)}",
         )
-
-
-def _steps_by_name(inputs: Mapping[str, Any], result: Any) -> dict[str, list[int]]:
-    """Return the shape of the steps of each packed key of a batch, and of what the model returned for it."""
-    outputs = result[1] if isinstance(result, tuple) and len(result) > 1 else None
-    named = [(repr(key), value) for key, value in inputs.items()]
-    if isinstance(outputs, tuple) and not packing.is_packed(outputs):
-        named += [(f"output {place} of the model", output) for place, output in enumerate(outputs)]
-    else:
-        named.append(("the output of the model", outputs))
-    return {name: list(value.data.shape[1:]) for name, value in named if packing.is_packed(value)}
 
 
 def _warn_of_dropped_indices(inputs: Mapping[str, Any], result: Any) -> None:
@@ -582,3 +575,32 @@ def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(model.forward).parameters
     except (AttributeError, TypeError, ValueError):
         return {}
+
+
+# --- grouping rows by length -----------------------------------------------------------------------------
+
+_SAMPLERS: Declaration = {
+    "parameters": ("self",),
+    "problem": "groups rows by length only if their key is input_ids or a column of lengths is left",
+    "fix": "groups them by the main input of the model",
+    "uses": ("Trainer.model", "Trainer.processing_class", "Trainer.model_input_names", _MAIN_INPUT_NAME),
+}
+
+
+@around("transformers.trainer:Trainer._get_eval_sampler", when=always, **_SAMPLERS)
+@around("transformers.trainer:Trainer._get_train_sampler", when=always, **_SAMPLERS)
+def _get_train_sampler(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the sampler; if upstream finds no lengths, as if the main input was that of a processing class."""
+    try:
+        return original(self, *args, **kwargs)
+    except ValueError as error:
+        name = _main_input_name(self)
+        if name == "input_ids":
+            raise
+        own, self.processing_class = self.processing_class, SimpleNamespace(model_input_names=[name])
+        try:
+            return original(self, *args, **kwargs)
+        except ValueError:
+            raise error from None
+        finally:
+            self.processing_class = own

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import ctc_loss
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import hf_packfix
@@ -30,7 +31,7 @@ collate = DataCollatorForPackedSequence()
 # --- names that no row has --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", ["packed_keys", "tensor_keys"])
+@pytest.mark.parametrize("option", ["packed_keys", "tensor_keys", "padded_keys"])
 def test_names_that_no_row_has_are_an_error(option):
     features = [{"input_ids": [1, 2], "labels": 1, "text": "a"}]
     collate = DataCollatorForPackedSequence(**{option: ["input_id", "input_ids"]})
@@ -257,3 +258,68 @@ def test_dropping_trains_like_a_data_set_without_these_rows(tmp_path):
     ours, theirs = found.trainer.evaluate(), expected.trainer.evaluate()
     assert ours["eval_n"] == theirs["eval_n"] == 12
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
+
+
+# --- padded keys ------------------------------------------------------------------------------------------
+
+TARGETS = [[1, 2], [], [3, 4, 3]]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 0, 2], [1, 1, 1]])
+@pytest.mark.parametrize("make", [list, lambda row: torch.tensor(row, dtype=torch.int64)])
+def test_ctc_loss_takes_padded_targets_with_empty_ones(order, make):
+    signals, targets = [torch.randn(n, 4) for n in (9, 7, 8)], [TARGETS[row] for row in order]
+    features = [{"signal": s, "labels": make(t)} for s, t in zip(signals, targets, strict=True)]
+    batch = DataCollatorForPackedSequence(padded_keys=["labels"])(features)
+    assert_same_packed(batch["signal"], signals)
+    scores, steps = torch.randn(9, 3, 6).log_softmax(-1), torch.tensor([9, 7, 8])
+    lengths = (batch["labels"] != -100).sum(1)
+    assert lengths.tolist() == [len(target) for target in targets]
+    found = ctc_loss(scores, batch["labels"], steps, lengths, reduction="none")
+    expected = ctc_loss(
+        scores,
+        torch.tensor([digit for target in targets for digit in target]).long(),
+        steps,
+        lengths,
+        reduction="none",
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_padded_keys_hold_steps_of_any_shape_and_minus_100():
+    collate = DataCollatorForPackedSequence(padded_keys=["x", "flag"], empty="drop", enforce_sorted=True)
+    features = [
+        {"ids": [1], "x": [], "flag": [True]},
+        {"ids": [1, 2], "x": [[0.5, 1]], "flag": [False, True]},
+        {"ids": [], "x": [[2, 2]], "flag": [True]},
+    ]
+    batch = collate(features)
+    assert batch["x"].tolist() == [[[0.5, 1]], [[-100, -100]]]
+    assert batch["flag"].tolist() == [[0, 1], [1, -100]]
+
+
+def test_padded_keys_lose_what_the_mask_calls_padding():
+    features = [{"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0], "labels": [7, 8, -100]}]
+    batch = DataCollatorForPackedSequence(padded_keys=["labels"])(features)
+    assert batch["labels"].tolist() == [[7, 8]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[1], 2], "'y' of row 1 must be a sequence, found the number 2"),
+        ([[[1, 2]], [[3]]], r"'y' of row 1 has steps of shape \[1\], but row 0 has \[2\]"),
+        ([[1], pack_sequence([torch.tensor([1])])], "'y' of row 1 is a PackedSequence, which cannot be padded"),
+    ],
+)
+def test_what_cannot_be_padded_is_named(rows, message):
+    with pytest.raises(ValueError, match=message):
+        DataCollatorForPackedSequence(padded_keys=["y"])([{"y": row} for row in rows])
+
+
+@pytest.mark.parametrize(
+    "collate", [DataCollatorForPackedSequence(), DataCollatorForPackedSequence(tensor_keys=["y"])]
+)
+def test_errors_about_empty_targets_name_the_option(collate):
+    with pytest.raises(ValueError, match="padded_keys"):
+        collate([{"x": [1], "y": [1]}, {"x": [1], "y": []}])

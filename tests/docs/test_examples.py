@@ -19,6 +19,7 @@ BARS = {
     "time_series_classification": 0.95,
     "forecasting": 0.35,
     "ctc": 0.9,
+    "onnx_serving": 0.95,
 }
 
 
@@ -29,6 +30,8 @@ def test_every_example_has_a_bar():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BARS)
 def test_the_example_learns(tmp_path, name):
+    if name == "onnx_serving":
+        pytest.importorskip("onnxruntime")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_PACKFIX")}
     result = subprocess.run(
         [sys.executable, EXAMPLES / f"{name}.py"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ from accelerate.utils import operations
 from torch.nn.utils.rnn import pack_sequence
 from transformers.trainer_pt_utils import EvalLoopContainer
 
-from hf_packfix import evaluation
+from hf_packfix import evaluation, pad, with_data
 from hf_packfix.patches import accelerate_utils_operations
-from tests.support.oracle import Tagger, new_trainer, packed_batch, padded_batch, rows, stock
+from tests.support.oracle import PlainTagger, Tagger, new_trainer, packed_batch, padded_batch, rows, stock
 from tests.support.reports import assert_same_report, assert_same_tree, report
+from tests.support.warned import messages
 
 LENGTHS = [[3, 1], [1, 1, 1], [2, 7], [7], [4, 6, 5]]
 
@@ -254,3 +256,107 @@ def test_a_container_gives_all_it_holds_after_disabling(moved):
                 expected.add(tree)
             assert_same_tree(arrays, expected.get_arrays())
             assert vars(found).keys() == vars(expected).keys()
+
+
+# --- outputs that cannot be joined ----------------------------------------------------------------------
+
+
+class WithMore(PlainTagger):
+    """A tagger that returns one more output, made of the packed or padded states ``[B, T, H]``."""
+
+    def __init__(self, make: Any, name: str = "more") -> None:
+        super().__init__()
+        self.make, self.name = make, name
+
+    def forward(self, input_ids: Any, labels: Any = None, attention_mask: Any = None) -> dict[str, Any]:
+        states = self.gru(self.embedding(input_ids) if attention_mask is not None else self.embedded(input_ids))
+        padded = states[0] if attention_mask is not None else pad(states[0])
+        return super().forward(input_ids, labels, attention_mask) | {self.name: self.make(padded, states)}
+
+    def embedded(self, input_ids: Any) -> Any:
+        return with_data(input_ids, self.embedding(input_ids.data))
+
+
+def maps(padded: torch.Tensor, _: Any = None) -> torch.Tensor:
+    return padded @ padded.mT
+
+
+ATTENTIONS = {
+    "a map a head": lambda padded, _: maps(padded)[:, None].repeat(1, 2, 1, 1),
+    "one map": maps,
+    "packed": lambda padded, states: with_data(
+        states[0],
+        torch.cat(
+            [row.expand(int(size), -1) for row, size in zip(maps(padded)[0], states[0].batch_sizes, strict=True)]
+        ),
+    ),
+}
+
+
+def predict(tmp_path: Any, make: Any, collate: Any = packed_batch, ignore: Any = None, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    trainer = new_trainer(tmp_path, WithMore(make), rows(), collate, per_device_eval_batch_size=3, **changes)
+    return trainer.predict(rows(), ignore_keys=ignore)
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_outputs_whose_width_changes_are_named_with_their_cure(tmp_path, kind):
+    with pytest.raises(ValueError, match=r"^output 'more' of the model has steps of shape .* in batch 1 .*, but") as e:
+        predict(tmp_path, ATTENTIONS[kind])
+    assert "ignore_keys=" in str(e.value)
+    assert "keys_to_ignore_at_inference" in str(e.value)
+    assert "eval_do_concat_batches=False" in str(e.value)
+    found = predict(tmp_path, ATTENTIONS[kind], ignore=["loss", "more"])
+    apart = predict(tmp_path, ATTENTIONS[kind], eval_do_concat_batches=False)
+    if kind == "packed":
+        return
+    with stock():
+        expected = predict(tmp_path, ATTENTIONS[kind], padded_batch, ignore=["loss", "more"])
+        expected_apart = predict(tmp_path, ATTENTIONS[kind], padded_batch, eval_do_concat_batches=False)
+    np.testing.assert_allclose(found.predictions, expected.predictions, rtol=1e-5, atol=1e-6)
+    for batch, other in zip(apart.predictions, expected_apart.predictions, strict=True):
+        assert [array.shape for array in batch] == [array.shape for array in other]
+
+
+def test_an_output_that_is_no_tensor_is_named_with_its_cure(tmp_path):
+    with pytest.raises(
+        TypeError, match=r"^output 'more' of the model holds a Fraction, .*: leave it out with ignore_"
+    ):
+        predict(tmp_path, lambda *_: (torch.zeros(1), Fraction(1)))
+    assert predict(tmp_path, lambda *_: Fraction(1), ignore=["loss", "more"]).predictions.shape == (14, 9, 4)
+
+
+STATES = {
+    "a state": lambda padded, states: states[1].repeat(2, 1, 1),
+    "nested": lambda padded, states: {"h": (states[1].repeat(2, 1, 1),)},
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_state_beside_logits_is_warned_of_once(tmp_path, kind):
+    trainer = new_trainer(tmp_path, WithMore(STATES[kind]), rows(), packed_batch)
+    (message,) = messages(trainer, "predict", rows())
+    assert message.startswith("output 'more' of the model has shape [2, 3, 8] in a batch of 3 rows")
+    assert "state.transpose(0, 1)" in message
+    assert "ignore_keys=" in message
+    padded = new_trainer(tmp_path, WithMore(STATES[kind]), rows(), padded_batch)
+    assert messages(padded, "predict", rows()) == []
+
+
+def test_a_state_with_the_rows_first_is_what_it_is_of_padded_rows(tmp_path):
+    def final(padded, states):
+        real = (padded != 0).any(-1).sum(1)
+        return padded[torch.arange(len(padded)), real - 1]  # of packed rows, the last state
+
+    trainer = new_trainer(tmp_path, WithMore(lambda padded, states: states[1].transpose(0, 1)), rows(), packed_batch)
+    assert messages(trainer, "predict", rows()) == []
+    found = predict(tmp_path, lambda padded, states: states[1].transpose(0, 1)).predictions[1]
+    expected = predict(tmp_path, final).predictions[1]
+    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_outputs_without_keys_are_named_by_their_place(tmp_path):
+    data = [{"input_ids": row["input_ids"]} for row in rows()]  # without labels the Trainer calls the model itself
+    trainer = new_trainer(tmp_path, WithMore(ATTENTIONS["one map"]), data, packed_batch)
+    with pytest.raises(ValueError, match=r"^output 1 of the model has steps of shape"):
+        trainer.predict(data)

@@ -12,6 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, Seq2SeqTrainingA
 
 from hf_packfix import DataCollatorForPackedSequence
 from hf_packfix.models import RecurrentEncoderDecoder, RecurrentEncoderDecoderConfig
+from hf_packfix.models.upstream import CACHE_NAME
 from tests.support.layouts import LAYOUTS, arrange, run, sequences_of
 from tests.support.oracle import (
     assert_training_equals_padded,
@@ -342,3 +343,11 @@ def test_learns_to_reverse_digit_strings(tmp_path):
     right = [until_end(row)[1:] == reversal(string)["labels"] for row, string in zip(output, held_out, strict=True)]
     assert {len(string) for string in held_out} == set(range(3, 11))
     assert sum(right) / len(right) >= 0.98
+
+
+def test_no_state_is_returned_if_the_configuration_says_so():
+    model, ids = build(), torch.tensor([[3, 4, 5]])
+    assert CACHE_NAME in model(ids, labels=ids)
+    model.config.use_cache = False  # as the Trainer of recent releases sets it
+    assert CACHE_NAME not in model(ids, labels=ids)
+    assert CACHE_NAME in model(ids, labels=ids, use_cache=True)

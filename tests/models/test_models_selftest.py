@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import runpy
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_packfix.models import selftest, upstream
 
@@ -31,40 +33,20 @@ def test_the_program_prints_what_it_found(monkeypatch, capsys):
     with pytest.warns(RuntimeWarning, match="found in sys.modules"), pytest.raises(SystemExit) as ended:
         runpy.run_module("hf_packfix.models.selftest", run_name="__main__")
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found == {"upstream names": "", **dict.fromkeys(selftest.CHECKS, "")}
+    assert found == dict.fromkeys(selftest.CHECKS, "")
     assert ended.value.code == 0
 
 
 @pytest.mark.parametrize(
-    ("name", "function", "message"),
+    ("fields", "name"),
     [
-        (
-            upstream.UpstreamName("transformers:NoSuchThing", "", "called"),
-            upstream.deviations,
-            "has no transformers:",
-        ),
-        (
-            upstream.UpstreamName("transformers.trainer", "no_such_word", "read"),
-            upstream.deviations,
-            "'no_such",
-        ),
-        (upstream.UpstreamName("no_such_module:x", "", "called"), upstream.deviations, "has no no_such_module:x"),
-        (upstream.UpstreamName("transformers:Trainer", "", "called", since="99"), upstream.premature, "since 99"),
-        (upstream.UpstreamName("transformers:Trainer", "", "called", until="4.0"), upstream.premature, "until 4.0"),
+        (("loss", "logits", "past_key_values", "hidden_states"), "past_key_values"),
+        (("loss", "logits", "cache", "more"), "cache"),
+        (("loss", "cache", "past_key_values"), "cache"),
+        (("loss", "logits", "memory", "attentions"), "memory"),
+        (("loss", "logits"), "cache"),
     ],
 )
-def test_a_name_that_is_not_as_listed(monkeypatch, name, function, message):
-    monkeypatch.setattr(upstream, "CONTRACT", (name,))
-    (found,) = function()
-    assert message in found
-
-
-def test_a_version_that_is_none_is_not_judged(monkeypatch):
-    monkeypatch.setattr(upstream.transformers, "__version__", "main")
-    assert upstream.deviations() == upstream.premature() == []
-
-
-def test_outputs_without_one_field_for_the_state(monkeypatch):
-    monkeypatch.setattr(upstream, "CausalLMOutputWithPast", upstream.SequenceClassifierOutput)
-    with pytest.raises(ImportError, match=r"expects one field .* found \[\]; this release is newer than hf_packfix"):
-        upstream._cache_name()
+def test_the_cache_is_found_among_the_fields_of_an_output(fields, name):
+    assert upstream.cache_name(fields) == name
+    assert upstream.CACHE_NAME in (field.name for field in dataclasses.fields(CausalLMOutputWithPast))

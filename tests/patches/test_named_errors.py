@@ -124,11 +124,11 @@ def varying(keys: dict[str, list[int]]) -> Any:
         ),
         (
             {"x": [4, 5, 4], "labels": [1, 1, 1]},
-            r"^'x' and the output of the model has steps of shape \[5\] in batch 1",
+            r"^'x' and output 'logits' of the model has steps of shape \[5\] in batch 1",
         ),
         (
             {"x": [4, 4, 4], "labels": [1, 1, 1], "more": [2, 3, 2]},
-            r"^'more' and output 1 of the model has steps of shape \[3\] in batch 1",
+            r"^'more' and output 'more' of the model has steps of shape \[3\] in batch 1",
         ),
     ],
 )

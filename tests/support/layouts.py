@@ -54,7 +54,7 @@ def run(
     Args:
         rnn: the network, of which only the weights are used.
         steps: the sequence.
-        start: the hidden and the cell state of every layer before it, ``[L, H]``; zeros by default.
+        start: the hidden and the cell state of every layer and direction before it, ``[L, H]``; zeros by default.
 
     Returns:
         The last layer's outputs ``[T, O]``, and the hidden state of every layer and direction at its end.
@@ -68,7 +68,7 @@ def run(
             ]
             hidden = cell = steps.new_zeros(1, rnn.hidden_size)
             if start is not None:
-                hidden, cell = (None if state is None else state[layer][None] for state in start)
+                hidden, cell = (None if state is None else state[len(finals)][None] for state in start)
             states = []
             for step in steps.flip(0) if suffix else steps:
                 if rnn.mode == "LSTM":

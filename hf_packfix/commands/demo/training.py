@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_sequence
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_packfix.collator import DataCollatorForPackedSequence
 from hf_packfix.commands.demo.data import CHANNELS, SPEAKERS, Row
 from hf_packfix.models import RecurrentConfig, RecurrentForSequenceClassification
 from hf_packfix.models.loss import sequence_loss
-from hf_packfix.models.upstream import SequenceClassifierOutput
 from hf_packfix.packing.packed import lengths
 
 BATCH, TURNS = 32, 5

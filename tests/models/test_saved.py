@@ -1,0 +1,108 @@
+"""A saved model loads in another process: with the plugin on, without an import; without it, its files say how."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer, pipeline
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_packfix.models import (
+    RecurrentConfig,
+    RecurrentEncoderDecoder,
+    RecurrentEncoderDecoderConfig,
+    RecurrentForSequenceClassification,
+)
+from tests.support import programs
+
+WORDS = ["[PAD]", "[UNK]", "the", "film", "was", "good", "bad"]
+TEXTS = ["the film was good", "bad"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a classifier and its tokenizer, and one beside it with an encoder-decoder."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
+    config = RecurrentConfig("lstm", vocab_size=len(WORDS), hidden_size=4, pad_token_id=0)
+    RecurrentForSequenceClassification(config).save_pretrained(tmp_path)
+    other = RecurrentEncoderDecoderConfig(vocab_size=5, hidden_size=4, pad_token_id=0)
+    RecurrentEncoderDecoder(other).save_pretrained(tmp_path / "other")
+    return tmp_path
+
+
+LOADS = {
+    "pipeline": f"print([p['score'] for p in pipeline('text-classification', model=folder)({TEXTS})])",
+    "AutoConfig": "print(type(AutoConfig.from_pretrained(folder)).__name__)",
+    "AutoTokenizer": "print(AutoTokenizer.from_pretrained(folder)('the film')['input_ids'])",
+    "AutoModelForSequenceClassification": (
+        "print(type(AutoModelForSequenceClassification.from_pretrained(folder)).__name__)"
+    ),
+    "AutoModelForSeq2SeqLM": "print(type(AutoModelForSeq2SeqLM.from_pretrained(folder + '/other')).__name__)",
+}
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_a_saved_model_loads_in_a_process_with_the_plugin(saved, name):
+    lines = ["import hf_packfix", f"from transformers import {name}", "import sys", f"folder = {str(saved)!r}", ""]
+    # Turned on before transformers is imported, or after it.
+    code = "\n".join(lines if name == "pipeline" else [lines[1], lines[0], *lines[2:]])
+    done = programs.run(f"{code}assert 'hf_packfix.models' not in sys.modules\n{LOADS[name]}")
+    assert done.returncode == 0, done.stderr
+    expected = {
+        "pipeline": [result["score"] for result in pipeline("text-classification", model=str(saved))(TEXTS)],
+        "AutoConfig": "RecurrentConfig",
+        "AutoTokenizer": AutoTokenizer.from_pretrained(saved)("the film")["input_ids"],
+        "AutoModelForSequenceClassification": "RecurrentForSequenceClassification",
+        "AutoModelForSeq2SeqLM": "RecurrentEncoderDecoder",
+    }[name]
+    found = done.stdout.splitlines()[-1]
+    assert found == expected if isinstance(expected, str) else json.loads(found) == pytest.approx(expected)
+
+
+@pytest.mark.needs_patch("transformers.models.auto.configuration_auto:_LazyConfigMapping.__contains__")
+def test_asking_for_a_model_type_registers_it(monkeypatch):
+    for name in ("recurrent", "recurrent-encoder-decoder"):
+        monkeypatch.delitem(CONFIG_MAPPING._extra_content, name)
+    monkeypatch.delitem(sys.modules, "hf_packfix.models")
+    assert "bert" in CONFIG_MAPPING
+    assert "unknown" not in CONFIG_MAPPING
+    assert "hf_packfix.models" not in sys.modules
+    config = AutoConfig.for_model("recurrent-encoder-decoder", vocab_size=3, pad_token_id=0)
+    assert type(config) is RecurrentEncoderDecoderConfig
+    assert type(AutoConfig.for_model("recurrent", vocab_size=3)) is RecurrentConfig
+
+
+def test_without_the_plugin_the_saved_files_say_what_to_import(saved):
+    load = f"from transformers import AutoConfig; print(AutoConfig.from_pretrained({str(saved)!r}).model_type)"
+    done = programs.run(load, HF_PACKFIX="0")
+    assert "model type `recurrent`" in done.stderr
+    for folder in (saved, saved / "other"):
+        requires = json.loads((folder / "config.json").read_text(encoding="utf-8"))["requires"]
+        assert requires == "import hf_packfix.models (pip install hf-packfix)"
+    done = programs.run(f"{requires.partition(' (')[0]}\n{load}", HF_PACKFIX="0")
+    assert done.stdout.splitlines()[-1:] == ["recurrent"], done.stderr
+
+
+@pytest.mark.parametrize(
+    "config", [RecurrentConfig(vocab_size=3), RecurrentEncoderDecoderConfig(vocab_size=3, pad_token_id=0)]
+)
+def test_a_configuration_has_an_auto_map_that_is_saved_only_if_it_is_used(tmp_path, config):
+    # What trl reads of every model type that is not transformers' own.
+    assert config.auto_map == {}
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    assert "auto_map" not in json.loads(file.read_text(encoding="utf-8"))
+    config.auto_map["AutoModel"] = "modeling_mine.Mine"
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.auto_map == {"AutoModel": "modeling_mine.Mine"}
+    assert not hasattr(loaded, "requires")
