@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArg
 import hf_packfix
 from hf_packfix import DataCollatorForPackedSequence, batch_size, concatenate, with_data
 from hf_packfix.activation import versions
-from hf_packfix.models import RecurrentConfig, RecurrentForSequenceClassification
+from hf_packfix.models import RecurrentCache, RecurrentConfig, RecurrentForSequenceClassification
+from tests.support.interpreters import environment
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "hf_packfix/docs/troubleshooting.md").read_text(encoding="utf-8")
@@ -228,8 +231,7 @@ def test_rows_without_labels(trainer):
     unlabelled = [{"x": row["x"]} for row in ROWS]
     text = "forward() missing 1 required positional argument: 'labels'"
     fails_with(text, lambda: trainer(NeedsLabels()).predict(unlabelled))
-    text = "Unsupported types (<class 'NoneType'>) passed to `_pad_across_processes`"
-    fails_with(text, lambda: trainer(NoLoss()).predict(unlabelled))
+    fails_with("holds a NoneType, which cannot be joined", lambda: trainer(NoLoss()).predict(unlabelled))
     assert trainer(Optional()).predict(unlabelled).predictions.shape == (4, 2)
 
 
@@ -245,6 +247,56 @@ def test_compiled_code(trainer):
     eager = {"torch_compile_backend": "eager"}  # compiles nothing, but traces
     fails_with("not enough values to unpack (expected 4, got 0)", trainer(Replaced(), **eager).train)
     trainer(WithData(), **eager).train()
+
+
+def test_outputs_that_cannot_be_joined(trainer):
+    class Attentive(Model):
+        def forward(self, x, labels=None):
+            states = hf_packfix.pad(self.gru(x)[0])
+            return {**super().forward(x, labels), "attentions": states @ states.mT}
+
+    class WithCache(Model):
+        def forward(self, x, labels=None):
+            return {**super().forward(x, labels), "memory": RecurrentCache(torch.zeros(1, 2, 4))}
+
+    class WithState(Model):
+        def forward(self, x, labels=None):
+            return {**super().forward(x, labels), "state": self.gru(x)[1]}
+
+    small = {"per_device_eval_batch_size": 2}
+    rows = [*reversed(ROWS)]
+    fails_with(
+        "has steps of shape [3] in batch 1 of the evaluation, but [5]",
+        lambda: trainer(Attentive(), **small).predict(rows),
+    )
+    predicted = trainer(Attentive(), **small).predict(rows, ignore_keys=["loss", "attentions"])
+    assert predicted.predictions.shape == (4, 2)
+    apart = trainer(Attentive(), eval_do_concat_batches=False, **small).predict(rows).predictions
+    assert [maps.shape for _, maps in apart] == [(2, 5, 5), (2, 3, 3)]
+    fails_with("holds a RecurrentCache, which cannot be joined", lambda: trainer(WithCache(), **small).predict(rows))
+    assert trainer(WithCache(), **small).predict(rows, ignore_keys=["loss", "memory"]).predictions.shape == (4, 2)
+    assert "`has shape [1, 2, 4] in a batch of 2 rows`" in PAGE
+    with pytest.warns(hf_packfix.HFPackfixWarning, match=r"has shape \[1, 2, 4\] in a batch of 2 rows"):
+        trainer(WithState(), **small).predict(rows)
+
+
+def test_rows_grouped_by_length(trainer):
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    text = "Can only automatically infer lengths for datasets whose items are dictionaries with an 'input_ids' key"
+    with hf_packfix.disabled():
+        fails_with(text, lambda: trainer(**grouped).get_train_dataloader())
+    trainer(**grouped).train()
+
+
+def test_a_saved_model_without_the_plugin(tmp_path):
+    RecurrentForSequenceClassification(RecurrentConfig(vocab_size=9, hidden_size=4)).save_pretrained(tmp_path)
+    program = "from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1])"
+    text = "model type `recurrent` but Transformers does not recognize this architecture"
+    assert text in PAGE
+    for before, expected in (("", text), ("import hf_packfix; ", ""), ("import hf_packfix.models; ", "")):
+        command = [sys.executable, "-c", f"import sys; {before}{program}", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+        assert (expected in done.stderr) if expected else done.returncode == 0, done.stderr
 
 
 def test_no_eval_loss(trainer):
