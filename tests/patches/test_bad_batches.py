@@ -152,6 +152,13 @@ def sequences_of(packed: PackedSequence) -> Sequences:
 
 
 #: Everything that makes numbers of a pack, and what the numbers are for given sequences.
+def gathered_for_metrics(p: PackedSequence) -> Any:
+    accelerator = Accelerator(cpu=True)
+    # accelerate up to 0.34 keeps in it that the last data loader ended with a batch to be cut.
+    accelerator.gradient_state._reset_state()
+    return accelerator.gather_for_metrics(p)
+
+
 USES: dict[str, tuple[Callable[[PackedSequence], Any], Callable[[Sequences], Any]]] = {
     "hf_packfix.batch_size": (hf_packfix.batch_size, len),
     "hf_packfix.num_tokens": (hf_packfix.num_tokens, lambda s: sum(map(len, s))),
@@ -179,7 +186,7 @@ USES: dict[str, tuple[Callable[[PackedSequence], Any], Callable[[Sequences], Any
         padded,
     ),
     "accelerate gather": (operations.gather, padded),
-    "gather_for_metrics": (lambda p: Accelerator(cpu=True).gather_for_metrics(p), padded),
+    "gather_for_metrics": (gathered_for_metrics, padded),
     "same_packing": (lambda p: packed.same_packing(p, p), lambda s: True),
 }
 

@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed.utils
 from accelerate.utils import DistributedType, operations
 from torch.nn.utils.rnn import pack_sequence
 from transformers import Trainer
@@ -25,12 +26,13 @@ import hf_packfix
 from hf_packfix.packing import jagged
 from hf_packfix.packing import packed as packing
 from tests.support import stuck
-from tests.support.distributed_worker import numbered, scenarios
+from tests.support.distributed_worker import FULLY_SHARDS, numbered, scenarios
 from tests.support.installed import ROOT
 from tests.support.layouts import LAYOUTS
 from tests.support.oracle import (
     PlainTagger,
     Tagger,
+    compiles,
     count_real_tokens,
     new_trainer,
     packed_batch,
@@ -140,6 +142,7 @@ def test_operations_between_processes(results, name):
         assert rank[name]["packed"] == rank[name]["padded"]
 
 
+@pytest.mark.skipif(not FULLY_SHARDS, reason="this torch has no fully_shard")
 @pytest.mark.parametrize(("name", "tolerance"), [("sharded", 1e-5), ("sharded in bfloat16", 3e-2)])
 def test_fully_sharded(results, name, tolerance):
     for rank in results:
@@ -337,6 +340,7 @@ def test_gather_for_metrics_cuts_the_last_batch_by_sequence():
     assert found.tolist() == [[0, 1, 2, 3], [10, -100, -100, -100]]
 
 
+@pytest.mark.skipif(not hasattr(torch.distributed.utils, "_apply_to_tensors"), reason="torch 2.0 has no such function")
 @pytest.mark.needs_patch("torch.distributed.utils:_apply_to_tensors")
 def test_mixed_precision_of_fsdp_casts_the_data():
     from torch.distributed.utils import _apply_to_tensors
@@ -388,6 +392,7 @@ def test_data_parallel_names_the_two_ways_out(tmp_path, method):
     assert forwards
 
 
+@pytest.mark.skipif(not compiles(), reason="this torch does not compile here")
 def test_torch_compile(tmp_path):
     # The backend does not matter here: torch leaves the graph around every RNN.
     options = {"torch_compile": True, "torch_compile_backend": "eager"}

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.utils
 
+from hf_packfix.engine.declare import is_active
 from hf_packfix.engine.patch import Patch, succeeds
 from hf_packfix.patches import PATCHES
 from tests.support.packed_sequences import some_packed
@@ -52,7 +53,9 @@ def assert_passed_on(patch: Patch, batch: Any) -> None:
     original, arguments, result = call(patch, batch)
     ((args, kwargs),) = original.calls
     received = [*args, *kwargs.values()][: len(arguments)]
-    assert all(got is given for got, given in zip(received, arguments, strict=True)), patch.target
+    if patch.path != "Trainer.get_batch_samples" or is_active("transformers.trainer:Trainer._get_num_items_in_batch"):
+        # Otherwise it counts what the iterator gives, and wraps it.
+        assert all(got is given for got, given in zip(received, arguments, strict=True)), patch.target
     assert result == original.result
 
 
@@ -81,6 +84,7 @@ def test_an_inactive_wrapper_fails_the_probe_as_upstream_does(monkeypatch, patch
     assert not succeeds(patch.upstream_supports, wrapper)
 
 
+@pytest.mark.skipif(not hasattr(torch.distributed.utils, "_apply_to_tensors"), reason="torch 2.0 has no such function")
 def test_a_function_that_returns_nothing_leaves_the_packed_sequence():
     # FSDP also applies functions for what they do to a tensor, such as registering a hook.
     seen, packed = [], some_packed()

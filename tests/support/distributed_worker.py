@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,9 @@ def broadcasting(packed: bool) -> Any:
 
 # --- fully sharded --------------------------------------------------------------------------------------
 
+#: Whether this torch has `fully_shard`.
+FULLY_SHARDS = find_spec("torch.distributed.device_mesh") is not None
+
 
 def sharded(packed: bool, dtype: torch.dtype | None = None) -> Any:
     """Train a sharded model; on padded batches, the same model whole, on the same rows."""
@@ -327,8 +331,9 @@ def scenarios() -> Iterator[tuple[str, Callable[[bool], Any]]]:
     yield "language model, accumulated", lambda packed: language_model(packed, gradient_accumulation_steps=2)
     yield "gathering", gathering
     yield "broadcasting", broadcasting
-    yield "sharded", sharded
-    yield "sharded in bfloat16", lambda packed: sharded(packed, torch.bfloat16)
+    if FULLY_SHARDS:
+        yield "sharded", sharded
+        yield "sharded in bfloat16", lambda packed: sharded(packed, torch.bfloat16)
 
 
 def main(directory: Path) -> None:

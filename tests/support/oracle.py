@@ -7,6 +7,7 @@ afterwards. So the padded run shares no code with what is tested.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,6 +42,16 @@ Row = dict[str, Any]
 def transformers_from(version: str) -> bool:
     """Tell whether the transformers under test is at least this version."""
     return Version(transformers.__version__) >= Version(version)
+
+
+@functools.cache
+def compiles() -> bool:
+    """Return whether this torch compiles on this Python; 2.0 does not on 3.11."""
+    try:
+        torch.compile(lambda tensor: tensor + 1, backend="eager")(torch.ones(1))
+    except RuntimeError:
+        return False
+    return True
 
 
 # --- rows and collators ---------------------------------------------------------------------------------
