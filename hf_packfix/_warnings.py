@@ -7,8 +7,6 @@ import sys
 import warnings
 from types import FrameType
 
-__all__ = ["HFPackfixWarning", "in_a_line", "is_main_process", "warn_once"]
-
 _warned: set[str] = set()
 
 #: Packages whose code runs between a line of the user's and a warning: ours, those that call our import hooks, and

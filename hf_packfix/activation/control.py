@@ -185,7 +185,7 @@ def activate_on_import() -> None:
     Raises:
         UnsupportedVersionError: transformers or accelerate is missing or too old.
     """
-    asks, value = environment.switch(), environment.value()
+    asks, value = environment.requested(), environment.raw()
     if asks == "off":
         state.why_inactive = f"{VARIABLE}={value} keeps it off"
         return
@@ -210,7 +210,7 @@ def enable_for_run() -> None:
     Raises:
         UnsupportedVersionError: transformers or accelerate is missing or too old.
     """
-    force = environment.switch() == "force"
+    force = environment.requested() == "force"
     if not force:
         os.environ[VARIABLE] = "1"
     _enable("hf-packfix run", force=force)
@@ -228,8 +228,8 @@ def _is_command() -> bool:
 def _enable(
     activated_by: str, *, force: bool, fast_rnn: bool | None = None, report: Callable[[str], None] | None = None
 ) -> None:
-    if environment.switch() == "off" and not force:
-        warn_once(f"{VARIABLE}={environment.value()} keeps hf_packfix off; unset it, or call enable(force=True)")
+    if environment.requested() == "off" and not force:
+        warn_once(f"{VARIABLE}={environment.raw()} keeps hf_packfix off; unset it, or call enable(force=True)")
         return
     conflict = versions.conflict()
     if conflict is not None and not force:
@@ -263,10 +263,9 @@ def _enable(
 
 
 def _environment_asks_for_fast_rnn() -> bool:
-    asks = environment.fast_rnn()
-    if asks is None:
-        state.report(f"{environment.misunderstood(FAST_RNN_VARIABLE)}; torch's own layers run")
-    return bool(asks)
+    if problem := environment.misunderstood(FAST_RNN_VARIABLE):
+        state.report(f"{problem}; torch's own layers run")
+    return environment.requested(FAST_RNN_VARIABLE) == "on"
 
 
 # --- applying patches as modules are imported ------------------------------------------------------------

@@ -21,7 +21,7 @@ ACCEPTED = {
 }
 
 
-def meaning(value: str | None) -> str | None:
+def parse(value: str | None) -> str | None:
     """Return what a value asks for: "on", "force" or "off"; "" for unset or empty; None for anything else."""
     word = (value or "").strip().lower()
     if not word:
@@ -29,27 +29,20 @@ def meaning(value: str | None) -> str | None:
     return next((asks for asks, words in ACCEPTED.items() if word in words), None)
 
 
-def value(variable: str = VARIABLE) -> str | None:
-    """Return the variable's value; None where it is unset, or not to be looked at (isolated mode, -I and -E)."""
+def raw(variable: str = VARIABLE) -> str | None:
+    """Return the variable's value; None if it is unset, or not to be looked at (isolated mode, -I and -E)."""
     return None if sys.flags.ignore_environment else os.environ.get(variable)
 
 
-def switch() -> str | None:
-    """Return what ``HF_PACKFIX`` asks for in this process, as :func:`meaning` has it."""
-    return meaning(value())
-
-
-def fast_rnn() -> bool | None:
-    """Return whether ``HF_PACKFIX_FAST_RNN`` is on; None for a value that is neither on nor off."""
-    asks = meaning(value(FAST_RNN_VARIABLE))
-    return None if asks in (None, "force") else asks == "on"
+def requested(variable: str = VARIABLE) -> str | None:
+    """Return what a variable asks for in this process, as :func:`parse` has it; only ``HF_PACKFIX`` has "force"."""
+    asks = parse(raw(variable))
+    return None if asks == "force" and variable != VARIABLE else asks
 
 
 def misunderstood(variable: str) -> str:
-    """Return what is wrong with the value of a variable; empty if it has a meaning."""
-    asks = meaning(value(variable))
-    if asks is not None and (asks != "force" or variable == VARIABLE):
+    """Return what is wrong with the value of a variable; empty if nothing is."""
+    if requested(variable) is not None:
         return ""
-    groups = ("on", "force", "off") if variable == VARIABLE else ("on", "off")
-    accepted = ", ".join(word for group in groups for word in ACCEPTED[group])
-    return f"{variable}={value(variable)!r} is not one of: {accepted}"
+    words = [word for asks in ACCEPTED if asks != "force" or variable == VARIABLE for word in ACCEPTED[asks]]
+    return f"{variable}={raw(variable)!r} is not one of: {', '.join(words)}"

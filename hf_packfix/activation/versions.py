@@ -10,17 +10,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-__all__ = [
-    "MINIMUM",
-    "NEWEST_TESTED",
-    "TESTED",
-    "Conflict",
-    "UnsupportedVersionError",
-    "conflict",
-    "found",
-    "untested",
-]
-
 #: What the tests run on, oldest first: ``tests/tools/matrix.py`` installs these, ``docs/versions.md`` lists them, and
 #: the gate below follows from them.
 TESTED = (

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hf_packfix._warnings import in_a_line
 from hf_packfix.activation.control import status
-from hf_packfix.activation.environment import FAST_RNN_VARIABLE, VARIABLE, misunderstood, switch, value
+from hf_packfix.activation.environment import FAST_RNN_VARIABLE, VARIABLE, misunderstood, raw, requested
 from hf_packfix.activation.status_report import Status
 from hf_packfix.commands.run import replace_first_path
 from hf_packfix.commands.trainers import handled_apart, load_lazy, overridden_methods, patched_methods
@@ -80,7 +80,7 @@ def run(modules: Sequence[str], *, as_json: bool, verbose: bool = False) -> int:
 
 def examine(modules: Sequence[str]) -> Report:
     """Look at everything; imports transformers, and the given modules."""
-    asks = switch()
+    asks = requested()
     problems = [text for text in map(misunderstood, (VARIABLE, FAST_RNN_VARIABLE)) if text]
     warnings: list[str] = []
 
@@ -146,8 +146,8 @@ def examine(modules: Sequence[str]) -> Report:
         healthy=now.enabled and not problems,
         python=f"{platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
-        variable=value(),
-        fast_rnn_variable=value(FAST_RNN_VARIABLE),
+        variable=raw(),
+        fast_rnn_variable=raw(FAST_RNN_VARIABLE),
         fast_rnn=all(stands.state == "applied" for stands in now.patches if stands.target in layers),
         startup_files=files,
         status=now,
@@ -214,7 +214,7 @@ def _text(report: Report, verbose: bool) -> str:
         *(f"warning: {text}" for text in report.warnings),
         "",
         f"Python {report.python} on {report.platform}",
-        f"{VARIABLE} is {_set(report.variable)}: {MEANING[switch()]}",
+        f"{VARIABLE} is {_set(report.variable)}: {MEANING[requested()]}",
         f"{FAST_RNN_VARIABLE} is {_set(report.fast_rnn_variable)}: nn.LSTM, nn.GRU and nn.RNN "
         + ("use hf_packfix.rnn on packed data on a CPU" if report.fast_rnn else "are torch's own"),
         *(str(report.status).splitlines() if verbose else report.status.summary()),

@@ -19,23 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = [
-    "PackedSequence",
-    "batch_size",
-    "check",
-    "dtype_with",
-    "group_and_place",
-    "lengths",
-    "lengths_by_rank",
-    "move_without_waiting",
-    "num_tokens",
-    "pad",
-    "pad_left",
-    "ranks",
-    "same_packing",
-    "with_data",
-]
-
 
 def batch_size(packed: PackedSequence) -> int:
     """Return B, the number of sequences.

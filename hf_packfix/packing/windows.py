@@ -11,8 +11,6 @@ from torch import Tensor
 
 from hf_packfix.packing.packed import PackedSequence, batch_size, check
 
-__all__ = ["Window", "windows"]
-
 State = TypeVar("State", Tensor, tuple[Tensor, ...], None)
 
 

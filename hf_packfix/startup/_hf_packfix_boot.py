@@ -29,7 +29,7 @@ activating = False
 _started = False
 
 
-def meaning(value: str | None) -> str | None:
+def parse(value: str | None) -> str | None:
     """Return what a value asks for: "on", "force" or "off"; "" for unset or empty; None for anything else."""
     word = (value or "").strip().lower()
     if not word:
@@ -42,7 +42,7 @@ def start() -> None:
     global _started
     try:
         # Isolated mode (-I, -E): the environment is not to be looked at. The `.start` file cannot say so.
-        asks = "" if sys.flags.ignore_environment else meaning(os.environ.get(VARIABLE))
+        asks = "" if sys.flags.ignore_environment else parse(os.environ.get(VARIABLE))
         if asks in ("", "off"):
             sys.modules.pop(__name__, None)
         elif not _started:

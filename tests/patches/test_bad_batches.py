@@ -151,7 +151,6 @@ def sequences_of(packed: PackedSequence) -> Sequences:
     return [sequence.tolist() for sequence in unpack_sequence(packed)] if len(packed.batch_sizes) else []
 
 
-#: Everything that makes numbers of a pack, and what the numbers are for given sequences.
 def gathered_for_metrics(p: PackedSequence) -> Any:
     accelerator = Accelerator(cpu=True)
     # accelerate up to 0.34 keeps in it that the last data loader ended with a batch to be cut.
@@ -159,6 +158,7 @@ def gathered_for_metrics(p: PackedSequence) -> Any:
     return accelerator.gather_for_metrics(p)
 
 
+#: Everything that makes numbers of a PackedSequence, and what the numbers are for given sequences.
 USES: dict[str, tuple[Callable[[PackedSequence], Any], Callable[[Sequences], Any]]] = {
     "hf_packfix.batch_size": (hf_packfix.batch_size, len),
     "hf_packfix.num_tokens": (hf_packfix.num_tokens, lambda s: sum(map(len, s))),

@@ -120,7 +120,7 @@ def test_the_two_tables_of_values_agree():
     assert boot["ACCEPTED"] == settings.ACCEPTED
     assert boot["VARIABLE"] == settings.VARIABLE
     for value in [None, "", " ", "maybe", *ON, *OFF]:
-        assert boot["meaning"](value) == settings.meaning(value)
+        assert boot["parse"](value) == settings.parse(value)
 
 
 # --- where it runs --------------------------------------------------------------------------------------
