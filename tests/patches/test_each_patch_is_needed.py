@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import hf_packfix.patches
 from hf_packfix.patches import PATCHES
 
 
@@ -17,6 +18,11 @@ def marked_targets() -> set[str]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "needs_patch"
     ]
     return {argument.value for call in calls for argument in call.args if isinstance(argument, ast.Constant)}
+
+
+def test_every_file_of_patches_has_a_file_of_tests():
+    names = {path.stem for path in Path(hf_packfix.patches.__file__).parent.glob("[a-z]*.py")}
+    assert {name for name in names if not list(Path(__file__).parent.glob(f"test_{name}*.py"))} == set()
 
 
 def test_every_patch_has_a_test_that_needs_it():

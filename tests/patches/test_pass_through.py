@@ -82,13 +82,3 @@ def test_an_inactive_wrapper_fails_the_probe_as_upstream_does(monkeypatch, patch
     wrapper = wrapper_of(patch)
     monkeypatch.setattr(patch, "active", False)
     assert not succeeds(patch.upstream_supports, wrapper)
-
-
-@pytest.mark.skipif(not hasattr(torch.distributed.utils, "_apply_to_tensors"), reason="torch 2.0 has no such function")
-def test_a_function_that_returns_nothing_leaves_the_packed_sequence():
-    # FSDP also applies functions for what they do to a tensor, such as registering a hook.
-    seen, packed = [], some_packed()
-    (same,) = torch.distributed.utils._apply_to_tensors(lambda tensor: seen.append(tensor), [packed])
-    assert same is packed
-    assert seen[0] is packed.data
-    assert len(seen) == 1

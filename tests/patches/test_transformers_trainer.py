@@ -10,11 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.utils
 from torch.nn.utils.rnn import PackedSequence
 from transformers import BatchEncoding, BatchFeature, Trainer
 
 import hf_packfix
-from tests.support.oracle import stock
+from tests.support.oracle import (
+    PlainTagger,
+    new_trainer,
+    packed_batch,
+    padded_batch,
+    rows,
+    stock,
+)
 from tests.support.packed_sequences import CPU, META, bare_trainer, some_packed
 
 
@@ -176,52 +184,27 @@ def test_other_dataclasses_come_out_as_from_stock():
     assert output["last_hidden_state"].data.device == META
 
 
-# --- BatchFeature.to ------------------------------------------------------------------------------------
+# --- nn.DataParallel --------------------------------------------------------------------------------------
 
 
-def test_batch_feature_moves_as_prepare_input_does():
-    packed = some_packed()
-    feature = BatchFeature({"x": packed, "y": torch.ones(2), "nested": [packed, torch.ones(1), "text"]})
-    moved = feature.to(META)
-    assert moved is feature
-    assert list(moved) == ["x", "y", "nested"]
-    for found in (moved["x"], moved["nested"][0]):
-        assert found.data.device == found.sorted_indices.device == META
-        assert found.batch_sizes.device == CPU
-    assert moved["y"].device == moved["nested"][1].device == META
-    assert moved["nested"][2] == "text"
+@pytest.mark.parametrize("method", ["train", "evaluate", "predict"])
+def test_data_parallel_names_the_two_ways_out(tmp_path, method):
+    forwards = []
+
+    class Counting(PlainTagger):
+        def forward(self, *args, **kwargs):
+            forwards.append(1)
+            return super().forward(*args, **kwargs)
+
+    data = rows()
+    trainer = new_trainer(tmp_path, Counting, data, packed_batch, remove_unused_columns=False)
+    trainer.args._n_gpu = 2  # what the Trainer finds on a machine with two GPUs and no launcher
+    assert trainer.args.n_gpu == 2
+    with pytest.raises(ValueError, match=r"torchrun --nproc-per-node 2 .*accelerate launch --num_processes 2"):
+        getattr(trainer, method)(*([data] if method == "predict" else []))
+    assert not forwards
     with stock():
-        # Up to 4.57 a PackedSequence is left where it is, from 5.0 on rebuilding it fails.
-        try:
-            left = BatchFeature({"x": packed}).to(META)["x"].data.device
-        except AssertionError:
-            left = CPU
-        assert left == CPU
-
-
-@pytest.mark.needs_patch("transformers.feature_extraction_utils:BatchFeature.to")
-def test_batch_feature_casts_floating_data_alone():
-    feature = BatchFeature({"x": some_packed(), "ids": some_packed(torch.int64)}).to(torch.float16)
-    assert feature["x"].data.dtype == torch.float16
-    assert feature["ids"].data.dtype == torch.int64
-    assert feature["x"].sorted_indices.dtype == torch.int64
-
-
-def test_batch_feature_is_whole_after_a_refused_argument():
-    feature = BatchFeature({"x": some_packed(), "y": torch.ones(2)})
-    with pytest.raises(ValueError, match="BatchFeature"):
-        feature.to(object())
-    assert list(feature) == ["x", "y"]
-
-
-# --- BatchEncoding.to -----------------------------------------------------------------------------------
-
-
-@pytest.mark.needs_patch("transformers.tokenization_utils_base:BatchEncoding.to")
-def test_batch_encoding_keeps_and_moves_packed_sequences():
-    encoding = BatchEncoding({"x": some_packed(), "y": torch.ones(2)})
-    moved = encoding.to(META)
-    assert moved is encoding
-    assert list(moved) == ["x", "y"]
-    assert moved["x"].data.device == moved["x"].sorted_indices.device == moved["y"].device == META
-    assert moved["x"].batch_sizes.device == CPU
+        padded = new_trainer(tmp_path, Counting, data, padded_batch, remove_unused_columns=False)
+        padded.args._n_gpu = 2
+        padded.evaluate()  # the count alone stops nothing
+    assert forwards

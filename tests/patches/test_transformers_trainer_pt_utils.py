@@ -12,7 +12,15 @@ from transformers import EvalPrediction
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_packfix.packing.packed import pad
-from tests.support.oracle import packed_batch, padded_batch, rows, stock
+from tests.support.oracle import (
+    Tagger,
+    assert_training_equals_padded,
+    packed_batch,
+    padded_batch,
+    rows,
+    stock,
+    train,
+)
 
 PIECES = [torch.tensor([1, 0]), torch.tensor([2, 2, 1]), torch.tensor([0])]
 
@@ -121,3 +129,36 @@ def test_packed_labels_become_what_padded_ones_do(convert):
         expected = convert(padded_batch(rows(4))["labels"])
     found = convert(packed_batch(rows(4))["labels"])
     assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+
+
+@pytest.mark.needs_patch("transformers.trainer_pt_utils:LabelSmoother.__call__")
+@pytest.mark.parametrize("steps", [1, 3])
+def test_label_smoothing(tmp_path, steps):
+    options = {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": steps}
+    packed, _ = assert_training_equals_padded(tmp_path, Tagger, rows(), **options)
+    plain = train(tmp_path, Tagger, rows(), packed_batch, gradient_accumulation_steps=steps)
+    assert abs(packed.losses[-1] - plain.losses[-1]) > 1e-4  # it does smooth
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("packed_side", ["both", "logits", "labels", "both, packed apart"])
+def test_label_smoother_on_any_mix(shift, packed_side):
+    from torch.nn.utils.rnn import pack_sequence
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    data = rows(6, seed=4)
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(len(row["labels"]), 5, generator=generator) for row in data]
+    padded = padded_batch([{"logits": x, "labels": row["labels"]} for x, row in zip(logits, data, strict=True)])
+    packed = packed_batch([{"logits": x, "labels": row["labels"]} for x, row in zip(logits, data, strict=True)])
+    mixed_logits = padded["logits"] if packed_side == "labels" else packed["logits"]
+    mixed_labels = padded["labels"] if packed_side == "logits" else packed["labels"]
+    if packed_side == "both, packed apart":
+        order = sorted(range(6), key=lambda i: (-len(logits[i]), -i))
+        again = pack_sequence([data[i]["labels"] for i in order])
+        mixed_labels = PackedSequence(again.data, again.batch_sizes, torch.tensor(order))
+    smoother = LabelSmoother(epsilon=0.3)
+    found = smoother({"logits": mixed_logits}, mixed_labels, shift_labels=shift)
+    with stock():
+        expected = smoother({"logits": padded["logits"]}, padded["labels"], shift_labels=shift)
+    torch.testing.assert_close(found, expected)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
+from unittest import mock
 
 import accelerate
 import numpy as np
 import pytest
 import torch
+import torch.distributed.utils
 from accelerate.utils import operations
 from packaging.version import Version
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
@@ -25,6 +28,7 @@ from tests.support.oracle import (
     TupleTagger,
     assert_same_run,
     by_length,
+    compiles,
     counted_samples,
     new_model,
     new_trainer,
@@ -290,17 +294,6 @@ def test_subclasses_are_served(tmp_path, trainer):
     assert_evaluation_equals_padded(tmp_path, Tagger, rows(), trainer=trainer)
 
 
-def test_metrics_never_get_a_packed_sequence():
-    from transformers import EvalPrediction
-
-    batch = packed_batch(rows(4))
-    with_packed = EvalPrediction(batch["labels"], batch["labels"], inputs={"x": [batch["input_ids"]]})
-    expected = padded_batch(rows(4))
-    assert torch.equal(with_packed.label_ids, expected["labels"])
-    assert torch.equal(with_packed.predictions, expected["labels"])
-    assert with_packed.inputs["x"][0].shape == expected["input_ids"].shape
-
-
 # --- evaluation while training --------------------------------------------------------------------------
 
 
@@ -494,3 +487,15 @@ def test_public_helpers():
     assert {"pad", "batch_size", "num_tokens"} <= set(dir(hf_packfix))
     with pytest.raises(AttributeError, match="has no attribute 'padd'"):
         _ = hf_packfix.padd
+
+
+@pytest.mark.skipif(not compiles(), reason="this torch does not compile here")
+def test_torch_compile(tmp_path):
+    # The backend does not matter here: torch leaves the graph around every RNN.
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    # transformers 4 asks for it with variables, which would have every later Trainer compile its model.
+    with mock.patch.dict(os.environ):
+        compiled = report(tmp_path, Tagger, packed_batch, rows(), **options)
+    with stock():
+        expected = report(tmp_path, Tagger, padded_batch, rows())
+    assert_same_report(compiled, expected)
