@@ -6,8 +6,16 @@ import io
 import os
 import sys
 from importlib import resources
+from typing import TYPE_CHECKING
 
 from hf_packfix.commands import api_reference
+
+if TYPE_CHECKING:
+    from hf_packfix.engine.patch import Patch
+
+_PATCHES = (
+    "# Every patch\n\nMade from the declarations; `print(hf_packfix.status())` shows where each of them stands.\n\n"
+)
 
 
 class UnknownPageError(ValueError):
@@ -18,8 +26,8 @@ def run(page: str | None) -> int:
     """Print a page as it is, in Markdown, or the list of pages.
 
     Args:
-        page: the name of a file, with or without ``.md``, or "api", which is made from the docstrings; None for the
-            list.
+        page: the name of a file, with or without ``.md``; or "api", made from the docstrings, or "patches", made from
+            their declarations; None for the list.
 
     Returns:
         The exit status: 0.
@@ -36,8 +44,29 @@ def run(page: str | None) -> int:
     text = pages.get(page.removesuffix(".md"))
     if text is None:
         raise UnknownPageError(f"expected one of: {', '.join(pages)}; found {page!r}")
-    _write(api_reference.reference() if text == api_reference.HEAD else text)
+    made = {api_reference.HEAD: api_reference.reference, _PATCHES: every_patch}
+    _write(made[text]() if text in made else text)
     return 0
+
+
+def every_patch() -> str:
+    """Return the table of the patches, as they are declared."""
+    from hf_packfix.engine.first_use import FIRST_USE
+    from hf_packfix.patches import FAST_RNN, PATCHES
+
+    lines = ["| patched, in place | the original | with the patch |", "|---|---|---|", *map(_row, PATCHES)]
+    lines += ["| *Until a Trainer is first used* | | |", *map(_row, FIRST_USE)]
+    lines += ["| *Only on request, with `HF_PACKFIX_FAST_RNN=1`* | | |", *map(_row, FAST_RNN)]
+    return _PATCHES + "\n".join(lines) + "\n"
+
+
+def _row(patch: Patch) -> str:
+    releases = f", before {patch.until}" if patch.until else f", from {patch.since}" if patch.since else ""
+    problem = patch.problem.replace("silently", "**silently**")
+    if patch.issue:
+        *_, repository, _, number = patch.issue.split("/")
+        problem += f" ([{repository} #{number}]({patch.issue}))"
+    return f"| {patch.module}<br>`{patch.path}`{releases} | {problem} | {patch.fix} |"
 
 
 def _pages() -> dict[str, str]:
@@ -45,7 +74,7 @@ def _pages() -> dict[str, str]:
     # Not by `__file__`: the package may be in a zip file.
     files = {file.name: file for file in resources.files("hf_packfix").joinpath("docs").iterdir()}
     pages = {name[:-3]: file.read_text(encoding="utf-8") for name, file in files.items() if name.endswith(".md")}
-    return dict(sorted({**pages, "api": api_reference.HEAD}.items()))
+    return dict(sorted({**pages, "api": api_reference.HEAD, "patches": _PATCHES}.items()))
 
 
 def _title(text: str) -> str:

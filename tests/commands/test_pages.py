@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from hf_packfix.commands import api_reference
+from hf_packfix.engine.first_use import FIRST_USE
+from hf_packfix.patches import FAST_RNN, PATCHES
 from tests.support.interpreters import environment
 
 DOCS = Path(__file__).parents[2] / "hf_packfix/docs"
 TITLES = {path.stem: path.read_text(encoding="utf-8").splitlines()[0] for path in DOCS.glob("*.md")}
-PAGES = dict(sorted({**TITLES, "api": f"# {api_reference.TITLE}"}.items()))
+PAGES = dict(sorted({**TITLES, "api": f"# {api_reference.TITLE}", "patches": "# Every patch"}.items()))
 COMMAND = [sys.executable, "-m", "hf_packfix", "docs"]
 
 
@@ -40,6 +42,16 @@ def test_the_api_is_made_from_the_docstrings():
     result = docs("api")
     assert result.returncode == 0
     assert result.stdout.decode() == api_reference.reference()
+
+
+def test_the_table_of_patches_is_what_they_declare():
+    result = docs("patches")
+    assert result.returncode == 0
+    for patch in PATCHES + FIRST_USE + FAST_RNN:
+        (row,) = [
+            line for line in result.stdout.decode().splitlines() if f"| {patch.module}<br>`{patch.path}`" in line
+        ]
+        assert patch.fix in row
 
 
 def test_an_unknown_page_names_those_that_exist():

@@ -11,9 +11,6 @@ from pathlib import Path
 import pytest
 
 from hf_packfix.activation import versions
-from hf_packfix.engine.first_use import FIRST_USE
-from hf_packfix.patches import FAST_RNN, PATCHES
-from tests.tools.patch_table import with_table
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "hf_packfix/docs"
@@ -122,9 +119,3 @@ def test_the_gate_is_what_the_package_requires():
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for package, minimum in (versions.MINIMUM | versions.NEEDED).items():
         assert f'"{package}>={minimum}"' in pyproject
-
-
-def test_the_table_of_patches_is_what_they_declare():
-    assert with_table(TEXTS["how_it_works"]) == TEXTS["how_it_works"], "run: python -m tests.tools.patch_table"
-    for patch in PATCHES + FIRST_USE + FAST_RNN:
-        assert f"`{patch.path}`" in TEXTS["how_it_works"]
