@@ -148,8 +148,8 @@ def _tag(
 ) -> dict[str, Any]:
     packed = isinstance(input_ids, PackedSequence)
     if packed:
-        states = module.gru(input_ids._replace(data=module.embedding(input_ids.data)))[0]
-        logits: Any = states._replace(data=module.head(states.data))
+        states = module.gru(hf_packfix.with_data(input_ids, module.embedding(input_ids.data)))[0]
+        logits: Any = hf_packfix.with_data(states, module.head(states.data))
     else:
         states = module.gru(module.embedding(input_ids))[0]
         logits = module.head(states)
@@ -168,7 +168,7 @@ def _tag(
 
 def _classify(module: Any, input_ids: Any, labels: Any, attention_mask: Any) -> dict[str, Any]:
     if isinstance(input_ids, PackedSequence):
-        last = module.gru(input_ids._replace(data=module.embedding(input_ids.data)))[1][-1]
+        last = module.gru(hf_packfix.with_data(input_ids, module.embedding(input_ids.data)))[1][-1]
     else:
         states = module.gru(module.embedding(input_ids))[0]
         last = states[torch.arange(len(states)), attention_mask.sum(1) - 1]

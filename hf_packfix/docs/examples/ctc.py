@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_packed_sequence
 from transformers import Trainer, TrainingArguments, set_seed
 
-from hf_packfix import DataCollatorForPackedSequence
+from hf_packfix import DataCollatorForPackedSequence, with_data
 
 BLANK = 10  # the digits are 0 to 9
 
@@ -22,7 +22,7 @@ class Reader(nn.Module):
 
     def forward(self, signal, labels):
         states, _ = self.gru(signal)
-        logits = states._replace(data=self.head(states.data))
+        logits = with_data(states, self.head(states.data))
         # ctc_loss takes padded tensors and lengths; it does not read beyond these.
         scores, steps = pad_packed_sequence(logits)  # [T, B, 11] and [B], in the order of the rows
         numbers = (labels != -100).sum(1)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
-from hf_packfix import DataCollatorForPackedSequence
+from hf_packfix import DataCollatorForPackedSequence, with_data
 from hf_packfix.rnn import GRU  # nn.GRU, faster over packed data on a CPU
 
 
@@ -23,7 +23,7 @@ class Forecaster(nn.Module):
         # From one step to the next a series changes little: forecast the change.
         forecast = past.data + self.head(states.data)  # [N, 1]: N real steps of all series
         loss = nn.functional.mse_loss(forecast, labels.data)  # no mask: there is no padding
-        return {"loss": loss, "logits": states._replace(data=forecast)}
+        return {"loss": loss, "logits": with_data(states, forecast)}
 
 
 def row():

@@ -9,7 +9,7 @@ from sktime.datasets import load_japanese_vowels
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
-from hf_packfix import DataCollatorForPackedSequence
+from hf_packfix import DataCollatorForPackedSequence, with_data
 
 
 class SpeakerClassifier(nn.Module):
@@ -20,7 +20,7 @@ class SpeakerClassifier(nn.Module):
         self.head = nn.Linear(2 * 64, 9)
 
     def forward(self, series, labels=None):
-        series = series._replace(data=self.norm(series.data))  # .data: [N, 12], the real steps of all recordings
+        series = with_data(series, self.norm(series.data))  # .data: [N, 12], the real steps of all recordings
         _, last = self.gru(series)  # [2, B, 64], each direction after its own last real step
         logits = self.head(torch.cat([last[0], last[1]], dim=1))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
