@@ -279,7 +279,7 @@ def main() -> int:
     return int(unexpected or any(not line.endswith("| - |") for line in models[1:]))
 
 
-_PREFACE = """# What each minor release has in the places that are patched, and what the models do on it
+_PREFACE = """# What each minor release has in the places that are patched
 
 Written by `python -m tests.tools.drift --markdown tests/tools/DRIFT.md`: the last patch release of each minor release.
 "As expected" means that the target of a patch is there, its parameters start with the ones that the patch was written
@@ -288,11 +288,9 @@ for, and the names are there that the patch uses, by the sources of the wheel.
 """
 
 _NAMES = """The names that patches use besides their targets. A patch that lacks one is refused.
-
 """
 
 _MODELS = """The recurrent models on each release, with accelerate 1.15.0: each check for the cells rnn, lstm and gru.
-
 """
 
 if __name__ == "__main__":
