@@ -51,8 +51,7 @@ def run(page: str | None) -> int:
 
 def every_patch() -> str:
     """Return the table of the patches, as they are declared."""
-    from hf_packfix.engine.first_use import FIRST_USE
-    from hf_packfix.patches import FAST_RNN, PATCHES
+    from hf_packfix.patches import FAST_RNN, FIRST_USE, PATCHES
 
     lines = ["| patched, in place | the original | with the patch |", "|---|---|---|", *map(_row, PATCHES)]
     lines += ["| *Until a Trainer is first used* | | |", *map(_row, FIRST_USE)]

@@ -18,12 +18,15 @@ def is_loaded(module: str) -> bool:
     return sys.modules.get(module) is not None
 
 
+def is_complete(module: str) -> bool:
+    """Return whether a module is loaded to its last line."""
+    loaded = sys.modules.get(module)
+    return loaded is not None and not getattr(getattr(loaded, "__spec__", None), "_initializing", False)
+
+
 def loaded_without(module: str) -> bool:
     """Return whether a module's package is loaded to its last line and has no such module."""
-    package = sys.modules.get(module.rpartition(".")[0])
-    if package is None or getattr(getattr(package, "__spec__", None), "_initializing", False):
-        return False
-    return not _exists(module, if_unknown=True)
+    return is_complete(module.rpartition(".")[0]) and not _exists(module, if_unknown=True)
 
 
 def _exists(module: str, *, if_unknown: bool = False) -> bool:

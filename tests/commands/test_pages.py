@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_packfix.commands import api_reference
-from hf_packfix.engine.first_use import FIRST_USE
-from hf_packfix.patches import FAST_RNN, PATCHES
+from hf_packfix.patches import FAST_RNN, FIRST_USE, PATCHES
 from tests.support.interpreters import environment
 
 DOCS = Path(__file__).parents[2] / "hf_packfix/docs"
