@@ -17,17 +17,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence, pad_sequence
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    Trainer,
-    TrainingArguments,
-)
 
 from hf_packfix._warnings import in_a_line
 from hf_packfix.models import (
@@ -45,11 +37,11 @@ CELLS = ("rnn", "lstm", "gru")
 
 _VOCABULARY, _PAD, _START, _END = 11, 0, 1, 2
 _AUTO = {
-    RecurrentModel: AutoModel,
-    RecurrentForCausalLM: AutoModelForCausalLM,
-    RecurrentForSequenceClassification: AutoModelForSequenceClassification,
-    RecurrentForTokenClassification: AutoModelForTokenClassification,
-    RecurrentEncoderDecoder: AutoModelForSeq2SeqLM,
+    RecurrentModel: transformers.AutoModel,
+    RecurrentForCausalLM: transformers.AutoModelForCausalLM,
+    RecurrentForSequenceClassification: transformers.AutoModelForSequenceClassification,
+    RecurrentForTokenClassification: transformers.AutoModelForTokenClassification,
+    RecurrentEncoderDecoder: transformers.AutoModelForSeq2SeqLM,
 }
 
 
@@ -77,18 +69,16 @@ def selftest(cells: Sequence[str] = CELLS) -> dict[str, str]:
     return results
 
 
-def _config(kind: type[Any], cell: str) -> Any:
-    words: dict[str, Any] = {"pad_token_id": _PAD, "eos_token_id": _END}
-    if kind is RecurrentEncoderDecoder:
-        words["bos_token_id"] = _START
-        return RecurrentEncoderDecoderConfig(cell, vocab_size=_VOCABULARY, hidden_size=6, **words)
-    return RecurrentConfig(
-        cell, vocab_size=_VOCABULARY, hidden_size=6, num_hidden_layers=2, num_labels=_VOCABULARY, **words
-    )
-
-
 def _model(kind: type[Any], cell: str) -> Any:
-    model = _AUTO[kind].from_config(_config(kind, cell))
+    words: dict[str, Any] = {"vocab_size": _VOCABULARY, "hidden_size": 6, "pad_token_id": _PAD, "eos_token_id": _END}
+    if kind is RecurrentEncoderDecoder:
+        config: Any = RecurrentEncoderDecoderConfig(cell, bos_token_id=_START, **words)
+    else:
+        config = RecurrentConfig(cell, num_hidden_layers=2, num_labels=_VOCABULARY, **words)
+    return _of_kind(kind, _AUTO[kind].from_config(config))
+
+
+def _of_kind(kind: type[Any], model: Any) -> Any:
     _require(type(model) is kind, f"expected {kind.__name__} from AutoModel, found {type(model).__name__}")
     return model
 
@@ -133,8 +123,7 @@ def save_and_load(cell: str) -> None:
         model = _model(kind, cell).eval()
         with tempfile.TemporaryDirectory() as directory:
             model.save_pretrained(directory)
-            loaded = auto.from_pretrained(directory).eval()
-        _require(type(loaded) is kind, f"expected {kind.__name__} from AutoModel, found {type(loaded).__name__}")
+            loaded = _of_kind(kind, auto.from_pretrained(directory)).eval()
         for name, weight in model.state_dict().items():
             _require(torch.equal(weight, loaded.state_dict()[name]), f"{kind.__name__}: {name} differs after loading")
         given = {"labels": ids} if kind is RecurrentEncoderDecoder else {}
@@ -149,26 +138,20 @@ def padded_equals_packed(cell: str) -> None:
     sequences = _sequences(3, 5, 1)
     ids, mask = _padded(sequences)
     packed = pack_sequence(sequences, enforce_sorted=False)
-    for kind in _AUTO:
-        if kind is RecurrentModel:
-            continue
+    for kind in _AUTO.keys() - {RecurrentModel}:
         model = _model(kind, cell)
         padded_labels, packed_labels = _labels(kind, sequences)
         outputs, gradients = [], []
         for output in (model(ids, mask, labels=padded_labels), model(packed, labels=packed_labels)):
-            model.zero_grad()
-            output.loss.backward()
-            gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
+            gradients.append(torch.autograd.grad(output.loss, list(model.parameters())))
             outputs.append(output)
         _close(outputs[1].loss, outputs[0].loss, f"{kind.__name__}: loss")
-        logits = outputs[1].logits
+        expected, logits = outputs[0].logits, outputs[1].logits
         if isinstance(logits, PackedSequence):
-            real = mask.bool()
-            _close(pad_packed_sequence(logits, batch_first=True)[0][real], outputs[0].logits[real], "logits")
-        else:
-            _close(logits, outputs[0].logits, f"{kind.__name__}: logits")
-        for name, gradient in gradients[0].items():
-            _close(gradients[1][name], gradient, f"{kind.__name__}: gradient of {name}")
+            logits, expected = pad_packed_sequence(logits, batch_first=True)[0][mask.bool()], expected[mask.bool()]
+        _close(logits, expected, f"{kind.__name__}: logits")
+        for (name, _), first, second in zip(model.named_parameters(), *gradients, strict=True):
+            _close(second, first, f"{kind.__name__}: gradient of {name}")
 
 
 def generate(cell: str) -> None:
@@ -221,10 +204,10 @@ def trainer_step(cell: str) -> None:
     for collate in (padded, packed):
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as directory:
-            arguments = TrainingArguments(
+            arguments = transformers.TrainingArguments(
                 directory, max_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True
             )
-            trainer = Trainer(_model(RecurrentForCausalLM, cell), arguments, collate, rows)
+            trainer = transformers.Trainer(_model(RecurrentForCausalLM, cell), arguments, collate, rows)
             losses.append(torch.tensor(trainer.train().training_loss))
     _close(losses[1], losses[0], "training loss")
 
