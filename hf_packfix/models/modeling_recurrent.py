@@ -67,7 +67,7 @@ class RecurrentModelOutput(ModelOutput):
 class RecurrentPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialization of the recurrent models."""
 
-    config_class = RecurrentConfig
+    config_class: type[RecurrentConfig] = RecurrentConfig
     base_model_prefix = "recurrent"
     supports_gradient_checkpointing = False
     config: RecurrentConfig
@@ -211,8 +211,6 @@ class RecurrentModel(RecurrentPreTrainedModel):
 class _Classifier(RecurrentPreTrainedModel):
     """The network and a linear layer on top, to the logits of the labels."""
 
-    _output: type[Any]
-
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -233,11 +231,8 @@ class _Classifier(RecurrentPreTrainedModel):
         """Return ``logits`` and, with labels, the loss.
 
         Args:
-            input_ids: see :meth:`RecurrentModel.forward`, as are the next two.
-            attention_mask: padding is zero.
-            input_values: features.
+            input_ids, attention_mask, input_values, return_dict: see :meth:`RecurrentModel.forward`.
             labels: see the class.
-            return_dict: False for a plain tuple.
             num_items_in_batch: what the summed loss is divided by.
             **loss_kwargs: ignored. From this name, transformers 4.46 knows that we take ``num_items_in_batch``.
 
@@ -245,14 +240,10 @@ class _Classifier(RecurrentPreTrainedModel):
             ValueError: see :meth:`RecurrentModel.forward`; or the labels do not fit the inputs.
         """
         output = self.recurrent(input_ids, attention_mask, input_values, use_cache=False, return_dict=True)
-        logits = self._logits(output)
-        loss = None if labels is None else self._loss(logits, labels, attention_mask, num_items_in_batch)
-        return returned(self._output(loss=loss, logits=logits), self.config, return_dict)
+        result = self._classify(output, labels, attention_mask, num_items_in_batch)
+        return returned(result, self.config, return_dict)
 
-    def _logits(self, output: RecurrentModelOutput) -> Any:
-        raise NotImplementedError
-
-    def _loss(self, logits: Any, labels: Any, attention_mask: Steps | None, items: Tensor | int | None) -> Tensor:
+    def _classify(self, output: Any, labels: Any, attention_mask: Steps | None, items: Any) -> ModelOutput:
         raise NotImplementedError
 
 
@@ -271,13 +262,10 @@ class RecurrentForSequenceClassification(_Classifier):
         torch.Size([2, 3])
     """
 
-    _output = SequenceClassifierOutput
-
-    def _logits(self, output: RecurrentModelOutput) -> Any:
-        return self.classifier(output.pooler_output)
-
-    def _loss(self, logits: Any, labels: Any, attention_mask: Steps | None, items: Tensor | int | None) -> Tensor:
-        return sequence_loss(logits, labels, self.config, items)
+    def _classify(self, output: Any, labels: Any, attention_mask: Steps | None, items: Any) -> ModelOutput:
+        logits = self.classifier(output.pooler_output)
+        loss = None if labels is None else sequence_loss(logits, labels, self.config, items)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 class RecurrentForTokenClassification(_Classifier):
@@ -294,13 +282,10 @@ class RecurrentForTokenClassification(_Classifier):
         torch.Size([5, 3])
     """
 
-    _output = TokenClassifierOutput
-
-    def _logits(self, output: RecurrentModelOutput) -> Any:
-        return map_steps(self.classifier, cast(Steps, output.last_hidden_state))
-
-    def _loss(self, logits: Any, labels: Any, attention_mask: Steps | None, items: Tensor | int | None) -> Tensor:
-        return step_loss(logits, step_labels(labels, logits, attention_mask), items)
+    def _classify(self, output: Any, labels: Any, attention_mask: Steps | None, items: Any) -> ModelOutput:
+        logits: Any = map_steps(self.classifier, output.last_hidden_state)
+        loss = None if labels is None else step_loss(logits, step_labels(labels, logits, attention_mask), items)
+        return TokenClassifierOutput(loss=loss, logits=logits)
 
     def labels_in_loss(self, inputs: Mapping[str, Any]) -> Steps:
         """Return the labels as the loss uses them, as :meth:`RecurrentForCausalLM.labels_in_loss` does."""
@@ -351,13 +336,10 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
         """Return ``logits`` ``[B, T, V]``, or packed, and, with labels, the loss of predicting the next one.
 
         Args:
-            input_ids: see :meth:`RecurrentModel.forward`, as are the next two.
-            attention_mask: padding is zero.
-            past_key_values: the state to start from.
+            input_ids, attention_mask, past_key_values: see :meth:`RecurrentModel.forward`.
             labels: int64 in the layout of ``input_ids``, usually equal to them. They are shifted here,
                 within each sequence: its first label is never predicted, whatever padding stands before it.
-            use_cache: whether to return the final state.
-            return_dict: False for a plain tuple.
+            use_cache, return_dict: see :meth:`RecurrentModel.forward`.
             logits_to_keep: compute the logits of the last so many columns of a padded batch; 0 for all.
             num_items_in_batch: what the summed loss is divided by.
             cache: the same as ``past_key_values``, by its name from transformers 5.24 on.

@@ -34,3 +34,4 @@ from hf_packfix.packing.trees import (
     rebuild,
     rows_of_keys,
 )
+from hf_packfix.packing.windows import Window, windows
