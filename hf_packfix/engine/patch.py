@@ -13,7 +13,6 @@ from hf_packfix.engine.targets import (
     chain,
     exchange,
     has,
-    is_loaded,
     loaded_without,
     location,
     parameters_of,
@@ -201,7 +200,7 @@ class Patch:
             unsafe[self.target] = self
 
     def _examined(self) -> tuple[State, str]:
-        if not is_loaded(self.module):
+        if sys.modules.get(self.module) is None:
             if loaded_without(self.module):
                 return "not-applicable", f"there is no module {self.module} here"
             return "pending", ""

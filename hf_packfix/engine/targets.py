@@ -13,11 +13,6 @@ from typing import Any
 Function = Callable[..., Any]
 
 
-def is_loaded(module: str) -> bool:
-    """Return whether a module has been imported, or is being imported."""
-    return sys.modules.get(module) is not None
-
-
 def is_complete(module: str) -> bool:
     """Return whether a module is loaded to its last line."""
     loaded = sys.modules.get(module)
