@@ -238,12 +238,19 @@ def _enable(
     patches.on_first_use = _on_first_use
     with _locked():
         if fast_rnn is None:
-            fast_rnn = state.fast_rnn if state.activated_by is not None else _environment_asks_for_fast_rnn()
+            fast_rnn = state.fast_rnn
+            if state.activated_by is None:
+                fast_rnn = environment.requested(FAST_RNN_VARIABLE) == "on"
+                if problem := environment.misunderstood(FAST_RNN_VARIABLE):
+                    state.report(f"{problem}; torch's own layers run")
         state.fast_rnn = fast_rnn
         if not fast_rnn:
             revert(reversed(patches.FAST_RNN))
         modules = sorted({"torch", *(patch.module for patch in _requested_patches())} - state.hooked)
-    _wait_for(modules)
+    # wrapt calls no hook at the end of an import that another thread has begun.
+    for name in filter(_is_half_imported, modules):
+        with suppress(Exception):  # that thread handles it
+            import_module(name)
     with _locked():
         state.activated_by = state.activated_by or activated_by
         if "torch" in sys.modules:
@@ -253,12 +260,6 @@ def _enable(
     # Outside the lock, since wrapt takes its own and calls back for a module imported meanwhile.
     for name in modules:
         wrapt.register_post_import_hook("hf_packfix.activation.control:on_module_imported", name)
-
-
-def _environment_asks_for_fast_rnn() -> bool:
-    if problem := environment.misunderstood(FAST_RNN_VARIABLE):
-        state.report(f"{problem}; torch's own layers run")
-    return environment.requested(FAST_RNN_VARIABLE) == "on"
 
 
 # --- applying patches as modules are imported ------------------------------------------------------------
@@ -389,14 +390,6 @@ def _announce() -> None:
 def _is_half_imported(name: str) -> bool:
     """Return whether a module is being imported, so that its functions may not be there yet."""
     return name in sys.modules and not is_complete(name)
-
-
-def _wait_for(names: Iterable[str]) -> None:
-    """Wait for the modules that other threads are importing: wrapt calls no hook at the end of these."""
-    for name in names:
-        if _is_half_imported(name):
-            with suppress(Exception):  # the thread that began the import handles it
-                import_module(name)
 
 
 def _requested_patches() -> tuple[Patch, ...]:

@@ -53,7 +53,7 @@ def run(page: str | None) -> int:
     pages = _pages()
     if page is None:
         width = max(map(len, pages))
-        titles = [f"  {name:<{width}}  {_title(text)}" for name, text in pages.items()]
+        titles = [f"  {name:<{width}}  {text.splitlines()[0].removeprefix('# ')}" for name, text in pages.items()]
         _write("\n".join(["hf-packfix docs PAGE prints one of these pages:", "", *titles, ""]))
         return 0
     text = pages.get(page.removesuffix(".md"))
@@ -118,10 +118,6 @@ def _pages() -> dict[str, str]:
     files = {file.name: file for file in resources.files("hf_packfix").joinpath("docs").iterdir()}
     pages = {name[:-3]: file.read_text(encoding="utf-8") for name, file in files.items() if name.endswith(".md")}
     return dict(sorted({**pages, "api": _API, "patches": _PATCHES}.items()))
-
-
-def _title(text: str) -> str:
-    return text.partition("\n")[0].removeprefix("# ")
 
 
 def _write(text: str) -> None:

@@ -1,16 +1,8 @@
 """How a patch is declared: a decorator on the function that does the work.
 
-``@around``
-    The function is called instead of the original, if there is a PackedSequence in the arguments. ``when`` names
-    another condition.
-``@on_leaf``
-    The function returns the answer for one PackedSequence, the first argument. For originals that call themselves by
-    their global name for what is nested.
-``@on_every_packed``
-    The function returns the answer for each PackedSequence in the first argument, and the original does the rest. For
-    originals that walk a nested batch on their own.
-``@hand_made``
-    The function makes the wrapper. For the hottest ones.
+``@around`` calls the function instead of the original, if there is a PackedSequence in the arguments; ``@on_leaf`` for
+one PackedSequence, if the original calls itself by its global name for what is nested; ``@on_every_packed`` for each
+PackedSequence in a nested batch, if the original walks it on its own. ``@hand_made`` is for the hottest ones.
 
 The function gets the original first, then the arguments of the call. It runs only while the patch is active. All four
 decorators return the function as it is and take the same keywords, the fields of

@@ -176,17 +176,15 @@ def get_data_structure(original: Function, packed: PackedSequence) -> PackedInfo
 )
 def initialize_tensors(original: Function, data_structure: Any) -> Any:
     """Make a PackedSequence of the right sizes on the CPU, to be filled by ``broadcast``."""
-    return packing.map_leaves(
-        lambda leaf: _new_packed(leaf) if _is_information(leaf) else leaf, original(data_structure)
-    )
 
+    def packed_of(leaf: Any) -> Any:
+        if not _is_information(leaf):
+            return leaf
+        data = torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
+        indices = None if leaf.is_sorted else torch.arange(leaf.sequences, device="cpu")
+        return packing.PackedSequence(data, torch.ones(leaf.steps, dtype=torch.int64, device="cpu"), indices)
 
-def _new_packed(information: PackedInformation) -> PackedSequence:
-    return packing.PackedSequence(
-        torch.empty(information.shape, dtype=information.dtype, device="cpu"),
-        torch.ones(information.steps, dtype=torch.int64, device="cpu"),
-        None if information.is_sorted else torch.arange(information.sequences, device="cpu"),
-    )
+    return packing.map_leaves(packed_of, original(data_structure))
 
 
 @around(
