@@ -130,7 +130,7 @@ def disabled() -> Iterator[None]:
 def is_enabled() -> bool:
     """Return whether the patches act, or will as soon as what they patch is imported.
 
-    Read from the patched objects, not from memory alone: False if third-party code has put an original back.
+    Read from the patched objects, not only from memory: False if third-party code has put an original back.
     """
     with _locked():
         _apply_pending()
@@ -232,7 +232,7 @@ def _enable(
     # Before anything is changed: without it nothing can be.
     import wrapt
 
-    from hf_packfix import patches
+    import hf_packfix.patches as patches
     from hf_packfix.engine.patch import revert
 
     patches.on_first_use = _on_first_use
@@ -372,7 +372,7 @@ def _announce() -> None:
     state.announced = True
     # For modules that upstream no longer has; the hooks of others are still to come.
     _apply_and_log([patch for patch in _requested_patches() if patch.module not in sys.modules])
-    # The versions are read from files: only if somebody looks.
+    # The versions are read from files: only if the line is shown.
     if is_main_process() and logger.isEnabledFor(logging.INFO):
         logger.info(
             "hf_packfix %s activated by %s: %d patches applied, %d pending; transformers %s, accelerate %s, torch %s",

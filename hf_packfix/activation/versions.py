@@ -134,7 +134,7 @@ def _older(version: str, than: str) -> bool:
     from packaging.version import InvalidVersion, Version
 
     try:
-        # Release numbers alone: 4.46.0.dev0 has what 4.46 has, and a local build suffix says nothing.
+        # Only release numbers: 4.46.0.dev0 has what 4.46 has, and a local build suffix means nothing.
         return Version(version).release < Version(than).release
     except InvalidVersion:
         return False

@@ -272,7 +272,7 @@ def _trainer(
         save_strategy="no",
         report_to=[],
         seed=seed,
-        use_cpu=True,  # where the times compare the layers; also turns off pinned memory and its warning
+        use_cpu=True,  # there the times compare the layers; also turns off pinned memory and its warning
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
     trainer.remove_callback(ProgressCallback)  # which has a bar for each turn, and prints the logs

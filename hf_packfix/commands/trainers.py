@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import sys
 import tempfile
 from collections.abc import Iterator
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from hf_packfix._warnings import in_a_line
 from hf_packfix.activation.control import status
 from hf_packfix.engine.patch import Patch
+from hf_packfix.engine.targets import names_in
 from hf_packfix.patches import PATCHES
 
 #: Whose methods are patched.
@@ -106,7 +106,7 @@ def handled_apart(package: str) -> Iterator[str]:
     """
     for cls in _subclasses(package):
         for method in _OF_BATCHES:
-            names = _names(vars(cls).get(method))
+            names = names_in(vars(cls).get(method))
             looks = sorted(names & {"is_tensor", "Tensor"})
             if looks and "PackedSequence" not in names:
                 yield (
@@ -145,18 +145,6 @@ def _is_within(module: str, package: str) -> bool:
 
 def _calls_super(cls: type[Any], method: str) -> bool:
     """Return whether a class's own method calls that of a parent: read from the names in its code."""
-    names = _names(vars(cls)[method])
+    names = names_in(vars(cls)[method])
     # The name of the method alone could be a call of itself, which the original makes for what is nested.
     return method in names and not names.isdisjoint({"super", *(base.__name__ for base in cls.__mro__[1:])})
-
-
-def _names(function: Any) -> set[str]:
-    """Return the global names and attributes that a function's code mentions; nothing for what is no function."""
-    names: set[str] = set()
-    waiting = [getattr(inspect.unwrap(function), "__code__", None)] if callable(function) else []
-    while waiting:
-        code = waiting.pop()
-        if isinstance(code, CodeType):
-            names.update(code.co_names)
-            waiting.extend(code.co_consts)
-    return names

@@ -239,11 +239,8 @@ class Patch:
             named = {name: kwargs.pop(name) for name in set(kwargs) - set(known)}
             if not added and not named:
                 return wrapper(*args, **kwargs)
-
-            def passing_them_on(*args: Any, **kwargs: Any) -> Any:
-                return original(*args, *added, **kwargs, **named)
-
-            return self.make(passing_them_on, self)(*args[: len(known)], **kwargs)
+            passing_them_on = self.make(lambda *args, **kwargs: original(*args, *added, **kwargs, **named), self)
+            return passing_them_on(*args[: len(known)], **kwargs)
 
         return with_unknown_parameters
 

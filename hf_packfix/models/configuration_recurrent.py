@@ -14,12 +14,12 @@ from hf_packfix.models.upstream import CACHE_NAME
 CELL_TYPES = ("rnn", "lstm", "gru")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-#: What a saved ``config.json`` says to whoever finds that transformers does not know the model type.
+#: Stands in a saved ``config.json`` for readers whose transformers does not know the model type.
 _REQUIRES = "import hf_packfix.models (pip install hf-packfix)"
 
 
 class RecurrentConfig(PretrainedConfig):
-    """What a recurrent model is made of; the network itself is ``torch.nn.RNN``, ``LSTM`` or ``GRU``.
+    """The fields of a recurrent model; the network itself is ``torch.nn.RNN``, ``LSTM`` or ``GRU``.
 
     Args:
         cell_type: "rnn" (tanh), "lstm" or "gru".
@@ -102,7 +102,7 @@ class RecurrentConfig(PretrainedConfig):
 
     @property
     def num_directions(self) -> int:
-        """2 where the model is bidirectional, else 1."""
+        """2 if the model is bidirectional, else 1."""
         return 2 if self.bidirectional else 1
 
     @property

@@ -97,12 +97,12 @@ def sequence_loss(
     Args:
         logits: ``[B, C]``.
         labels: int64 ``[B]`` for single-label classification, ``[B, C]`` of 0 and 1 for multi-label,
-            float ``[B, C]`` (``[B]`` where C is 1) for regression.
-        config: says C (``num_labels``) and the problem type.
+            float ``[B, C]`` (``[B]`` if C is 1) for regression.
+        config: has C (``num_labels``) and the problem type.
         num_items_in_batch: what the sum is divided by; by default, the number of labels that count.
 
     Raises:
-        ValueError: the labels do not have the shape that the problem type asks for.
+        ValueError: the labels do not have the shape that the problem type needs.
     """
     if config.problem_type is None:
         integral = isinstance(labels, Tensor) and labels.dtype in (torch.int64, torch.int32)

@@ -137,7 +137,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         Args:
             input_ids: int64 ``[B, T]`` or packed ``[N]``, for a model with a ``vocab_size``.
             attention_mask: ``[B, T]``, zero at padding, which may stand anywhere; with a state also
-                ``[B, seen + T]``. Packed inputs have none, or a packed one, which tells nothing new.
+                ``[B, seen + T]``. Packed inputs have none, or a packed one, which changes nothing.
             input_values: float ``[B, T, D]`` or packed ``[N, D]``, for a model with an ``input_size``; cast
                 to the dtype of the weights.
             past_key_values: the state to start from; zeros by default.
@@ -252,7 +252,7 @@ class RecurrentForSequenceClassification(_Classifier):
 
     ``forward`` takes ``input_ids``, ``attention_mask`` and ``input_values`` as :class:`RecurrentModel` does, and
     ``labels``: int64 ``[B]`` for single-label classification, ``[B, C]`` for multi-label, float ``[B, C]`` (``[B]``
-    where C is 1) for regression. If ``config.problem_type`` is None, it is set from the first labels.
+    if C is 1) for regression. If ``config.problem_type`` is None, it is set from the first labels.
 
     Example:
         >>> from torch.nn.utils.rnn import pack_sequence
@@ -272,7 +272,7 @@ class RecurrentForTokenClassification(_Classifier):
     """One prediction for each step: ``logits`` are ``[B, T, C]``, or packed.
 
     ``forward`` takes ``input_ids``, ``attention_mask`` and ``input_values`` as :class:`RecurrentModel` does, and
-    ``labels``: int64 ``[B, T]``, or packed where the inputs are; -100 is ignored, and so is padding.
+    ``labels``: int64 ``[B, T]``, or packed if the inputs are; -100 is ignored, and so is padding.
 
     Example:
         >>> from torch.nn.utils.rnn import pack_sequence
@@ -306,7 +306,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
         torch.Size([1, 5])
     """
 
-    # transformers 5 reads the pairs, transformers 4 the names alone.
+    # transformers 5 reads the pairs, transformers 4 only the names.
     _tied_weights_keys = {"lm_head.weight": "recurrent.embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: RecurrentConfig) -> None:
@@ -390,6 +390,6 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
 
 
 def returned(output: Output, config: PretrainedConfig, return_dict: bool | None) -> Output | tuple[Any, ...]:
-    """Return the output, or its values in a tuple where ``return_dict``, or else the configuration, is False."""
+    """Return the output, or its values in a tuple if ``return_dict``, or else the configuration, is False."""
     as_dict = config.return_dict if return_dict is None else return_dict
     return output if as_dict else output.to_tuple()

@@ -162,7 +162,7 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, RecurrentPreTrainedModel
         return step_labels(labels, inputs.get("decoder_input_ids", labels), inputs.get("decoder_attention_mask"))
 
     def _decoder_start(self, encoder_outputs: RecurrentModelOutput) -> RecurrentCache:
-        """Return the state in which the decoder begins, made of the encoder's final one ``[B, O]``."""
+        """Return the state in which the decoder begins, from the encoder's final one ``[B, O]``."""
         layers = self.config.num_hidden_layers
         states = self.bridge(encoder_outputs.pooler_output).tanh().unflatten(1, (-1, self.config.hidden_size))
         hidden, *cell = (part.contiguous() for part in states.transpose(0, 1).split(layers))

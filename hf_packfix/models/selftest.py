@@ -1,7 +1,7 @@
 """Tiny recurrent models, tried on the installed transformers: what ``hf-packfix doctor`` and the drift check run.
 
 Each check compares a model with itself in another layout, another order of reading, or after a round trip, so that
-it says that the numbers are right, not only that nothing was raised.
+it finds wrong numbers, not only errors.
 
     python -m hf_packfix.models.selftest    # one JSON object: each check, and what went wrong
 """

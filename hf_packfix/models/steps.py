@@ -28,8 +28,8 @@ def real_steps(attention_mask: Steps | None, inputs: Steps, *, continues: bool =
     """Return which steps of padded inputs are real: bool ``[B, T]``.
 
     Args:
-        attention_mask: ``[B, T]``, zero at padding; None where there is none. Packed inputs have none, or a
-            packed one, which tells nothing new.
+        attention_mask: ``[B, T]``, zero at padding; None if there is none. Packed inputs have none, or a
+            packed one, which changes nothing.
         inputs: ``[B, T, *]``, or packed.
         continues: whether the inputs continue sequences; the mask may then begin with the steps before.
 

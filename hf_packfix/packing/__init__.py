@@ -1,4 +1,4 @@
-"""What a PackedSequence means: one leaf that stands for B sequences. Imports torch alone.
+"""What a PackedSequence means: one leaf that stands for B sequences. Imports only torch.
 
 ``packed.py`` is about one of them, ``jagged.py`` about its values and lengths, ``windows.py`` about windows of its
 steps, ``trees.py`` about those in a nested batch.

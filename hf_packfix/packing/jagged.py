@@ -52,7 +52,7 @@ def from_jagged(values: Tensor, lengths: Tensor, *, keep_order: bool = False) ->
     Args:
         values: ``[N, *]``, the sequences one after the other.
         lengths: int64 ``[B]`` on the CPU, summing to N, each at least 1.
-        keep_order: where the lengths do not increase, leave both index tensors ``None``, as
+        keep_order: if the lengths do not increase, leave both index tensors ``None``, as
             ``enforce_sorted=True`` does.
 
     Raises:

@@ -158,7 +158,7 @@ def pad_left(packed: PackedSequence, padding_value: float = 0.0) -> Tensor:
     padded = pad(packed, padding_value)
     width = padded.shape[1]
     shift = (width - lengths(packed)).to(padded.device)
-    # Step t of the result is step t - shift of the sequence; where that is negative, a step of the padding.
+    # Step t of the result is step t - shift of the sequence; if that is negative, a step of the padding.
     source = (torch.arange(width, device=padded.device) - shift[:, None]) % width
     rows = torch.arange(len(padded), device=padded.device)[:, None]
     return padded[rows, source]

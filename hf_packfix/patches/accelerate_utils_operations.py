@@ -1,6 +1,6 @@
 """``accelerate.utils.operations``: what is done to a batch between processes, and before it is gathered.
 
-The data loader of an ``IterableDataset`` runs most of these, in a single process too: process 0 concatenates batches,
+The data loader of an ``IterableDataset`` runs most of these, even in a single process: process 0 concatenates batches,
 describes the result, broadcasts it, and every process slices its part out of it.
 
 Functions that communicate (``broadcast``, ``pad_across_processes``, ``gather``) have no ``upstream_supports``: calling
@@ -257,7 +257,7 @@ def gather(original: Function, tensor: Any) -> Any:
 
     Bytes padded with -100, which are int16, are sent as int32: neither gloo nor nccl sends int16.
     """
-    # Imported here, as everywhere, for the function that the module has now: it is patched, too.
+    # Imported here, as everywhere, for the function that the module has now: it is patched as well.
     from accelerate.utils.operations import pad_across_processes
 
     padded = packing.map_packed(lambda packed: pad_across_processes(packed, dim=1, pad_index=-100), tensor)

@@ -41,7 +41,7 @@ def start() -> None:
     """Do what ``HF_PACKFIX`` asks for; harmless when called again, as virtual environments do. Never raises."""
     global _started
     try:
-        # Isolated mode (-I, -E): the environment is not to be looked at. The `.start` file cannot say so.
+        # Isolated mode (-I, -E): the environment must not be read. The `.start` file cannot check this.
         asks = "" if sys.flags.ignore_environment else parse(os.environ.get(VARIABLE))
         if asks in ("", "off"):
             sys.modules.pop(__name__, None)
@@ -65,7 +65,7 @@ class _WaitForTransformers:
     """
 
     def __init__(self) -> None:
-        self._searching: set[int] = set()  # threads that ask the other finders
+        self._searching: set[int] = set()  # threads that are in a call of the other finders
 
     def find_spec(self, fullname: str, path: "Any" = None, target: "Any" = None) -> "Any":
         thread = get_ident()
