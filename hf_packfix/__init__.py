@@ -14,19 +14,9 @@ from hf_packfix.activation.versions import UnsupportedVersionError
 
 if TYPE_CHECKING:
     from hf_packfix.collator import DataCollatorForPackedSequence
-    from hf_packfix.packing import (
-        Window,
-        batch_size,
-        concatenate,
-        from_jagged,
-        lengths,
-        num_tokens,
-        pad,
-        take,
-        to_jagged,
-        windows,
-        with_data,
-    )
+    from hf_packfix.packing.jagged import concatenate, from_jagged, take, to_jagged
+    from hf_packfix.packing.packed import batch_size, lengths, num_tokens, pad, with_data
+    from hf_packfix.packing.windows import Window, windows
 
 __all__ = [
     "DataCollatorForPackedSequence",

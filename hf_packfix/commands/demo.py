@@ -71,8 +71,7 @@ def run(seed: int, epochs: int, output_dir: Path, *, plot: bool = True) -> int:
     _show_the_problem(train_rows, output_dir)
 
     print(
-        f"\nWith hf_packfix: {epochs} epochs on {len(train_rows)} recordings, packed and padded in turns:",
-        flush=True,
+        f"\nWith hf_packfix: {epochs} epochs on {len(train_rows)} recordings, packed and padded in turns:", flush=True
     )
     packed, padded = _train(train_rows, test_rows, output_dir, seed, epochs)
 

@@ -8,16 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from hf_packfix.engine.targets import (
-    Function,
-    chain,
-    exchange,
-    has,
-    loaded_without,
-    location,
-    parameters_of,
-    resolve,
-)
+from hf_packfix.engine.targets import Function, chain, exchange, has, loaded_without, location, parameters_of, resolve
 
 #: When a patch is applied: by every ``enable()``, if its keyword or variable asks for it, or while another is pending.
 Group = Literal["default", "fast_rnn", "first_use"]

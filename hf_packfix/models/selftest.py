@@ -21,27 +21,19 @@ import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence, pad_sequence
 
+from hf_packfix import models
 from hf_packfix._warnings import in_a_line
-from hf_packfix.models import (
-    RecurrentConfig,
-    RecurrentEncoderDecoder,
-    RecurrentEncoderDecoderConfig,
-    RecurrentForCausalLM,
-    RecurrentForSequenceClassification,
-    RecurrentForTokenClassification,
-    RecurrentModel,
-)
 from hf_packfix.models.upstream import CACHE_NAME, CACHE_NAMES
 
 CELLS = ("rnn", "lstm", "gru")
 
 _VOCABULARY, _PAD, _START, _END = 11, 0, 1, 2
 _AUTO = {
-    RecurrentModel: transformers.AutoModel,
-    RecurrentForCausalLM: transformers.AutoModelForCausalLM,
-    RecurrentForSequenceClassification: transformers.AutoModelForSequenceClassification,
-    RecurrentForTokenClassification: transformers.AutoModelForTokenClassification,
-    RecurrentEncoderDecoder: transformers.AutoModelForSeq2SeqLM,
+    models.RecurrentModel: transformers.AutoModel,
+    models.RecurrentForCausalLM: transformers.AutoModelForCausalLM,
+    models.RecurrentForSequenceClassification: transformers.AutoModelForSequenceClassification,
+    models.RecurrentForTokenClassification: transformers.AutoModelForTokenClassification,
+    models.RecurrentEncoderDecoder: transformers.AutoModelForSeq2SeqLM,
 }
 
 
@@ -71,10 +63,10 @@ def selftest(cells: Sequence[str] = CELLS) -> dict[str, str]:
 
 def _model(kind: type[Any], cell: str) -> Any:
     words: dict[str, Any] = {"vocab_size": _VOCABULARY, "hidden_size": 6, "pad_token_id": _PAD, "eos_token_id": _END}
-    if kind is RecurrentEncoderDecoder:
-        config: Any = RecurrentEncoderDecoderConfig(cell, bos_token_id=_START, **words)
+    if kind is models.RecurrentEncoderDecoder:
+        config: Any = models.RecurrentEncoderDecoderConfig(cell, bos_token_id=_START, **words)
     else:
-        config = RecurrentConfig(cell, num_hidden_layers=2, num_labels=_VOCABULARY, **words)
+        config = models.RecurrentConfig(cell, num_hidden_layers=2, num_labels=_VOCABULARY, **words)
     return _of_kind(kind, _AUTO[kind].from_config(config))
 
 
@@ -106,7 +98,7 @@ def _close(found: Tensor, expected: Tensor, what: str) -> None:
 
 def _labels(kind: type[Any], sequences: list[Tensor]) -> tuple[Any, Any]:
     """Return labels for a padded batch, and for the same batch packed."""
-    if kind is RecurrentForSequenceClassification:
+    if kind is models.RecurrentForSequenceClassification:
         labels = torch.tensor([len(ids) % 3 for ids in sequences])
         return labels, labels
     padded = pad_sequence(sequences, batch_first=True, padding_value=-100)
@@ -126,8 +118,8 @@ def save_and_load(cell: str) -> None:
             loaded = _of_kind(kind, auto.from_pretrained(directory)).eval()
         for name, weight in model.state_dict().items():
             _require(torch.equal(weight, loaded.state_dict()[name]), f"{kind.__name__}: {name} differs after loading")
-        given = {"labels": ids} if kind is RecurrentEncoderDecoder else {}
-        output = "last_hidden_state" if kind is RecurrentModel else "logits"
+        given = {"labels": ids} if kind is models.RecurrentEncoderDecoder else {}
+        output = "last_hidden_state" if kind is models.RecurrentModel else "logits"
         before, after = (found(ids, mask, **given)[output] for found in (model, loaded))
         # Not bit for bit: matrix products differ in their last bits by where in memory the weights lie.
         _close(after, before, f"{kind.__name__}: output after loading")
@@ -138,7 +130,7 @@ def padded_equals_packed(cell: str) -> None:
     sequences = _sequences(3, 5, 1)
     ids, mask = _padded(sequences)
     packed = pack_sequence(sequences, enforce_sorted=False)
-    for kind in _AUTO.keys() - {RecurrentModel}:
+    for kind in _AUTO.keys() - {models.RecurrentModel}:
         model = _model(kind, cell)
         padded_labels, packed_labels = _labels(kind, sequences)
         outputs, gradients = [], []
@@ -157,7 +149,7 @@ def padded_equals_packed(cell: str) -> None:
 def generate(cell: str) -> None:
     """Padded prompts generate what each does alone, by greedy and beam search; sampling returns its rows."""
     prompts = _sequences(4, 1, 3)
-    model = _model(RecurrentForCausalLM, cell).eval()
+    model = _model(models.RecurrentForCausalLM, cell).eval()
     words: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4}
     for beams, left in ((1, True), (3, True), (1, False)):
         ids, mask = _padded(prompts, left=left)
@@ -171,7 +163,7 @@ def generate(cell: str) -> None:
             )
     sampled = model.generate(ids, attention_mask=mask, do_sample=True, num_return_sequences=2, **words)
     _require(sampled.shape == (6, 8), f"expected 6 rows of 8 tokens from sampling, found {list(sampled.shape)}")
-    translator = _model(RecurrentEncoderDecoder, cell).eval()
+    translator = _model(models.RecurrentEncoderDecoder, cell).eval()
     found = translator.generate(ids, attention_mask=mask, do_sample=False, **words)
     recomputed = translator.generate(ids, attention_mask=mask, do_sample=False, use_cache=False, **words)
     _require(found.tolist() == recomputed.tolist(), "the encoder-decoder generates other tokens without its state")
@@ -180,7 +172,7 @@ def generate(cell: str) -> None:
 def continue_from_the_state(cell: str) -> None:
     """Reading a sequence in two parts, with the returned state, equals reading it at once."""
     (ids,) = _sequences(6)
-    model = _model(RecurrentForCausalLM, cell).eval()
+    model = _model(models.RecurrentForCausalLM, cell).eval()
     at_once = model(ids[None]).logits[:, 4:]
     state = model(ids[None, :4], use_cache=True)[CACHE_NAME]
     for name in CACHE_NAMES:
@@ -194,7 +186,7 @@ def trainer_step(cell: str) -> None:
     def padded(batch: list[Any]) -> dict[str, Tensor]:
         sequences = [row["input_ids"] for row in batch]
         ids, mask = _padded(sequences)
-        return {"input_ids": ids, "attention_mask": mask, "labels": _labels(RecurrentForCausalLM, sequences)[0]}
+        return {"input_ids": ids, "attention_mask": mask, "labels": _labels(models.RecurrentForCausalLM, sequences)[0]}
 
     def packed(batch: list[Any]) -> dict[str, PackedSequence]:
         ids = pack_sequence([row["input_ids"] for row in batch], enforce_sorted=False)
@@ -207,7 +199,7 @@ def trainer_step(cell: str) -> None:
             arguments = transformers.TrainingArguments(
                 directory, max_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True
             )
-            trainer = transformers.Trainer(_model(RecurrentForCausalLM, cell), arguments, collate, rows)
+            trainer = transformers.Trainer(_model(models.RecurrentForCausalLM, cell), arguments, collate, rows)
             losses.append(torch.tensor(trainer.train().training_loss))
     _close(losses[1], losses[0], "training loss")
 

@@ -144,9 +144,7 @@ def concatenate(pieces: Sequence[PackedSequence]) -> PackedSequence:
                 f"{steps[0]}, those of number {number} have {shape}"
             )
     return from_jagged(
-        torch.cat(all_values),
-        torch.cat(all_lengths),
-        keep_order=all(piece.sorted_indices is None for piece in pieces),
+        torch.cat(all_values), torch.cat(all_lengths), keep_order=all(piece.sorted_indices is None for piece in pieces)
     )
 
 
