@@ -58,10 +58,7 @@ class RecurrentModelOutput(ModelOutput):
         """The recurrent state."""
         return self.recurrent_state
 
-    @property
-    def past_key_values(self) -> RecurrentCache | None:
-        """The recurrent state."""
-        return self.recurrent_state
+    past_key_values = cache
 
 
 class RecurrentPreTrainedModel(PreTrainedModel):
