@@ -234,6 +234,7 @@ def _enable(
 
     import hf_packfix.patches as patches
     from hf_packfix.engine.patch import revert
+    from hf_packfix.patches import FAST_RNN
 
     patches.on_first_use = _on_first_use
     with _locked():
@@ -245,7 +246,7 @@ def _enable(
                     state.report(f"{problem}; torch's own layers run")
         state.fast_rnn = fast_rnn
         if not fast_rnn:
-            revert(reversed(patches.FAST_RNN))
+            revert(reversed(FAST_RNN))
         modules = sorted({"torch", *(patch.module for patch in _requested_patches())} - state.hooked)
     # wrapt calls no hook at the end of an import that another thread has begun.
     for name in filter(_is_half_imported, modules):

@@ -22,8 +22,9 @@ for _name in sorted(_names, key=lambda name: f"{name}~", reverse=True):
     if _name not in files:
         # An empty file of a damaged installation.
         raise ImportError(f"{_name} declares no patch: install hf_packfix again")
-if not _names:
-    raise ImportError(f"there is no patch in {__name__}: a frozen program needs what hf_packfix.pyinstaller collects")
+if f"{__name__}.transformers_trainer" not in files:
+    # A frozen program finds only what the hook in `hf_packfix/pyinstaller` collects.
+    raise ImportError(f"{__name__} has no file for transformers.trainer: install hf_packfix again")
 
 #: Every patch that is on by default, in the order in which they are applied.
 PATCHES: tuple[Patch, ...] = declared("default")
