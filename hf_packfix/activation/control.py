@@ -374,7 +374,7 @@ def _announce() -> None:
     # For modules that upstream no longer has; the hooks of others are still to come.
     _apply_and_log([patch for patch in _requested_patches() if patch.module not in sys.modules])
     # The versions are read from files: only if the line is shown.
-    if is_main_process() and logger.isEnabledFor(logging.INFO):
+    if logger.isEnabledFor(logging.INFO) and is_main_process():
         logger.info(
             "hf_packfix %s activated by %s: %d patches applied, %d pending; transformers %s, accelerate %s, torch %s",
             __version__,

@@ -229,7 +229,7 @@ def _text(report: Report, verbose: bool) -> str:
     if report.trainers:
         lines += ["", "Trainer subclasses, and the patched methods they override:"]
         for name, methods in report.trainers.items():
-            told = [f"{key} ({'calls' if calls else 'does not call'} super())" for key, calls in methods.items()]
-            lines.append(f"  {name}: {', '.join(told) or 'none'}")
+            listed = [f"{key} ({'calls' if calls else 'does not call'} super())" for key, calls in methods.items()]
+            lines.append(f"  {name}: {', '.join(listed) or 'none'}")
     more = "" if verbose else "every patch and file: hf-packfix doctor -v; "
     return "\n".join([*lines, "", f"{more}errors and their cures: hf-packfix docs troubleshooting"])

@@ -72,7 +72,6 @@ def around(target: str, *, when: Callable[..., bool] = holds_packed, **declarati
         target: ``module:path`` of the function.
         when: given the arguments of a call, returns whether the function is called. It may look at their types and at
             what is ours, at nothing of upstream.
-        declaration: the keywords of every decorator.
     """
     return lambda function: _declare(target, partial(_around, function, when), function, declaration)
 
@@ -84,7 +83,6 @@ def on_leaf(target: str, *, rebuilds_named_tuples: bool = False, **declaration: 
         target: ``module:path`` of the function.
         rebuilds_named_tuples: whether the original rebuilds tuples from a generator, which named tuples refuse: they
             are then rebuilt here, item by item.
-        declaration: the keywords of every decorator.
     """
     return lambda function: _declare(target, partial(_on_leaf, function, rebuilds_named_tuples), function, declaration)
 
