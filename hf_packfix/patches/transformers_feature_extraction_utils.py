@@ -27,4 +27,5 @@ def _moves(original: Function) -> bool:
 )
 def to(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Move and cast ``data`` as the original does a tensor; rebuild other named tuples from their moved fields."""
-    return packing.map_data(lambda flat: original(flat, *args, **kwargs), self)
+    self.data = packing.map_data(lambda flat: original(flat, *args, **kwargs), self, self.data)
+    return self

@@ -30,4 +30,5 @@ def _moves(original: Function) -> bool:
 )
 def to(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Move ``data`` as the original does a tensor; keep what it drops, and rebuild other named tuples."""
-    return packing.map_data(lambda flat: original(flat, *args, **kwargs), self)
+    self.data = packing.map_data(lambda flat: original(flat, *args, **kwargs), self, self.data)
+    return self

@@ -543,7 +543,8 @@ def _targets(trainer: Any, inputs: Mapping[str, Any]) -> tuple[list[str], bool]:
     """
     parameters: Mapping[str, inspect.Parameter] = {}
     with suppress(AttributeError, TypeError, ValueError):
-        parameters = inspect.signature(trainer.model.forward).parameters
+        model = trainer.model
+        parameters = inspect.signature(model.forward).parameters
     main = _main_input_name(trainer)
     if main not in inputs:
         main = next((name for name in [*parameters, *inputs] if name in inputs), main)
