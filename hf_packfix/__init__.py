@@ -42,31 +42,15 @@ __all__ = [
     "with_data",
 ]
 
-# Public names whose modules import torch, loaded on first use: importing this package stays light.
-_LAZY = {
-    "DataCollatorForPackedSequence": "collator",
-    "Window": "packing.windows",
-    "batch_size": "packing.packed",
-    "concatenate": "packing.jagged",
-    "from_jagged": "packing.jagged",
-    "lengths": "packing.packed",
-    "num_tokens": "packing.packed",
-    "pad": "packing.packed",
-    "take": "packing.jagged",
-    "to_jagged": "packing.jagged",
-    "windows": "packing.windows",
-    "with_data": "packing.packed",
-}
-
-
 if not TYPE_CHECKING:  # type checkers would accept any name
 
     def __getattr__(name):
-        if name not in _LAZY:
+        if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from importlib import import_module
+        # Modules that import torch, on first use: importing this package stays light.
+        from hf_packfix import collator, packing
 
-        value = globals()[name] = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+        value = globals()[name] = getattr(collator if name in collator.__all__ else packing, name)
         return value
 
 

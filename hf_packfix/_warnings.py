@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from types import FrameType
 
 _warned: set[str] = set()
 
@@ -46,18 +45,9 @@ def is_main_process() -> bool:
 def _stacklevel() -> int:
     """Return the stack level of the first frame that is the user's own, seen from ``warn_once``."""
     level, frame = 2, sys._getframe(2)
-    while frame.f_back is not None and _package(frame) in _BETWEEN:
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
         frame = frame.f_back
-        # `warnings.warn` leaves out these frames when it counts.
-        level += not _is_import_machinery(frame)
+        file = frame.f_code.co_filename
+        # `warnings.warn` leaves out these frames when it counts (`warnings._is_internal_frame`).
+        level += not ("importlib" in file and "_bootstrap" in file)
     return level
-
-
-def _package(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__")).partition(".")[0]
-
-
-def _is_import_machinery(frame: FrameType) -> bool:
-    """Return what ``warnings._is_internal_frame`` does."""
-    file = frame.f_code.co_filename
-    return "importlib" in file and "_bootstrap" in file

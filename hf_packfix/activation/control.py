@@ -19,6 +19,7 @@ from hf_packfix._warnings import HFPackfixWarning, in_a_line, is_main_process, w
 from hf_packfix.activation import environment, versions
 from hf_packfix.activation.environment import FAST_RNN_VARIABLE, VARIABLE
 from hf_packfix.activation.status_report import Status
+from hf_packfix.engine.targets import is_complete
 
 if TYPE_CHECKING:
     from hf_packfix.engine.patch import Patch, PatchStatus
@@ -58,17 +59,13 @@ class _State:
     announced: bool = False
     report: Callable[[str], None] = warn_once
 
-    def renew_lock(self) -> None:
-        """Forget who holds the lock."""
-        self.lock = threading.RLock()
-
 
 # `importlib.reload` and IPython's autoreload run this file again: what is known must stay.
 state: _State = globals().get("state") or _State()
 
 # Another thread may hold the lock while this one forks; in the child it would never be released.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: state.renew_lock())
+    os.register_at_fork(after_in_child=lambda: setattr(state, "lock", threading.RLock()))
 
 
 # --- what users call -------------------------------------------------------------------------------------
@@ -97,11 +94,12 @@ def disable() -> None:
     If third-party code has wrapped one of our wrappers, theirs stays in place, and ours calls the original.
     """
     from hf_packfix.engine.patch import revert
+    from hf_packfix.patches import FAST_RNN, FIRST_USE, PATCHES
 
     with _locked():
         state.activated_by, state.fast_rnn = None, False
         state.why_inactive = "hf_packfix.disable() was called"
-        revert([*_first_uses(), *reversed(_all_patches())])
+        revert([*FIRST_USE, *reversed(PATCHES + FAST_RNN)])
 
 
 @contextmanager
@@ -132,7 +130,7 @@ def disabled() -> Iterator[None]:
 def is_enabled() -> bool:
     """Return whether the patches act, or will as soon as what they patch is imported.
 
-    Read from the patched objects, not from memory alone: False if third-party code has put an original back.
+    Read from the patched objects, not only from memory: False if third-party code has put an original back.
     """
     with _locked():
         _apply_pending()
@@ -141,16 +139,12 @@ def is_enabled() -> bool:
 
 def status() -> Status:
     """Return where hf_packfix stands; imports neither torch nor transformers."""
+    from hf_packfix.patches import FAST_RNN, PATCHES
+
     with _locked():
         activated_by = state.activated_by
         enabled = is_enabled()
-        requested = set(_requested_patches())
-        patches = tuple(
-            _with_cause(patch.status(activated_by is not None), patch.module)
-            if patch in requested
-            else _not_requested(patch)
-            for patch in _all_patches()
-        )
+        patches = tuple(_status_of(patch, patch not in FAST_RNN or state.fast_rnn) for patch in PATCHES + FAST_RNN)
     if activated_by is None:
         reason = state.why_inactive
     elif enabled:
@@ -161,16 +155,16 @@ def status() -> Status:
     return Status(enabled, reason, activated_by, {name: versions.found(name) for name in names}, patches)
 
 
-def _with_cause(status: PatchStatus, module: str) -> PatchStatus:
-    """Return the status with what a patch waits for though its module is there."""
-    if status.state != "pending" or module not in sys.modules:
+def _status_of(patch: Patch, requested: bool) -> PatchStatus:
+    """Return the status of a patch, with why it is off though others are on, or waits though its module is there."""
+    if not requested:
+        how = f"hf_packfix.enable(fast_rnn=True) or {FAST_RNN_VARIABLE}=1 turns it on"
+        return replace(patch.status(False), detail=how)
+    status = patch.status(state.activated_by is not None)
+    if status.state != "pending" or patch.module not in sys.modules:
         return status
-    return replace(status, detail="torch is not loaded" if _is_complete(module) else "the module is being imported")
-
-
-def _not_requested(patch: Patch) -> PatchStatus:
-    how = f"hf_packfix.enable(fast_rnn=True) or {FAST_RNN_VARIABLE}=1 turns it on"
-    return replace(patch.status(False), detail=how)
+    detail = "torch is not loaded" if is_complete(patch.module) else "the module is being imported"
+    return replace(status, detail=detail)
 
 
 # --- turning it on ---------------------------------------------------------------------------------------
@@ -238,19 +232,26 @@ def _enable(
     # Before anything is changed: without it nothing can be.
     import wrapt
 
-    from hf_packfix.engine import first_use
+    import hf_packfix.patches as patches
     from hf_packfix.engine.patch import revert
     from hf_packfix.patches import FAST_RNN
 
-    first_use.before = _on_first_use
+    patches.on_first_use = _on_first_use
     with _locked():
         if fast_rnn is None:
-            fast_rnn = state.fast_rnn if state.activated_by is not None else _environment_asks_for_fast_rnn()
+            fast_rnn = state.fast_rnn
+            if state.activated_by is None:
+                fast_rnn = environment.requested(FAST_RNN_VARIABLE) == "on"
+                if problem := environment.misunderstood(FAST_RNN_VARIABLE):
+                    state.report(f"{problem}; torch's own layers run")
         state.fast_rnn = fast_rnn
         if not fast_rnn:
             revert(reversed(FAST_RNN))
         modules = sorted({"torch", *(patch.module for patch in _requested_patches())} - state.hooked)
-    _wait_for(modules)
+    # wrapt calls no hook at the end of an import that another thread has begun.
+    for name in filter(_is_half_imported, modules):
+        with suppress(Exception):  # that thread handles it
+            import_module(name)
     with _locked():
         state.activated_by = state.activated_by or activated_by
         if "torch" in sys.modules:
@@ -260,12 +261,6 @@ def _enable(
     # Outside the lock, since wrapt takes its own and calls back for a module imported meanwhile.
     for name in modules:
         wrapt.register_post_import_hook("hf_packfix.activation.control:on_module_imported", name)
-
-
-def _environment_asks_for_fast_rnn() -> bool:
-    if problem := environment.misunderstood(FAST_RNN_VARIABLE):
-        state.report(f"{problem}; torch's own layers run")
-    return environment.requested(FAST_RNN_VARIABLE) == "on"
 
 
 # --- applying patches as modules are imported ------------------------------------------------------------
@@ -323,17 +318,18 @@ def _apply_pending(name: str = "") -> None:
             done with it. Empty if only the state is asked for.
     """
     # While torch is being imported, modules of its own among them, no probe can run: its hook comes last.
-    state.torch_is_loaded = state.torch_is_loaded or name == "torch" or _is_complete("torch")
+    state.torch_is_loaded = state.torch_is_loaded or name == "torch" or is_complete("torch")
     if state.activated_by is None or not state.torch_is_loaded:
         return
     from hf_packfix.engine.patch import apply, revert
+    from hf_packfix.patches import FIRST_USE
 
     try:
         due = [
             patch
             for patch in _requested_patches()
             if patch.module == name
-            or (patch.pending and _is_complete(patch.module))
+            or (patch.pending and is_complete(patch.module))
             or (name == "torch" and not _is_half_imported(patch.module))
         ]
         # `enable()` has just applied some of them, and asks for the hooks of loaded modules as well.
@@ -342,9 +338,9 @@ def _apply_pending(name: str = "") -> None:
             _apply_and_log(due)
         # What is not loaded when a Trainer is first used, it does not need; the hook of a later module waits again.
         if name == _FIRST_USE or not any(patch.pending for patch in _requested_patches()):
-            revert(_first_uses())
+            revert(FIRST_USE)
         elif name:
-            apply(patch for patch in _first_uses() if patch.module == name or _is_complete(patch.module))
+            apply(patch for patch in FIRST_USE if patch.module == name or is_complete(patch.module))
     except Exception as error:
         logger.debug("could not patch %s", name or "what is pending", exc_info=True)
         # Once: an error of ours would come back in the hook of every module.
@@ -377,8 +373,8 @@ def _announce() -> None:
     state.announced = True
     # For modules that upstream no longer has; the hooks of others are still to come.
     _apply_and_log([patch for patch in _requested_patches() if patch.module not in sys.modules])
-    # The versions are read from files: only if somebody looks.
-    if is_main_process() and logger.isEnabledFor(logging.INFO):
+    # The versions are read from files: only if the line is shown.
+    if logger.isEnabledFor(logging.INFO) and is_main_process():
         logger.info(
             "hf_packfix %s activated by %s: %d patches applied, %d pending; transformers %s, accelerate %s, torch %s",
             __version__,
@@ -392,45 +388,15 @@ def _announce() -> None:
             logger.info("newer than what hf_packfix was tested with, judged by probes: %s", ", ".join(newer))
 
 
-def _is_complete(name: str) -> bool:
-    """Return whether a module is loaded to its last line."""
-    module = sys.modules.get(name)
-    return module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False)
-
-
 def _is_half_imported(name: str) -> bool:
     """Return whether a module is being imported, so that its functions may not be there yet."""
-    return name in sys.modules and not _is_complete(name)
-
-
-def _wait_for(names: Iterable[str]) -> None:
-    """Wait for the modules that other threads are importing: wrapt calls no hook at the end of these."""
-    for name in names:
-        if _is_half_imported(name):
-            with suppress(Exception):  # the thread that began the import handles it
-                import_module(name)
-
-
-# The patches are imported on first use: a process with HF_PACKFIX=0 does not need them.
+    return name in sys.modules and not is_complete(name)
 
 
 def _requested_patches() -> tuple[Patch, ...]:
-    from hf_packfix.patches import FAST_RNN, PATCHES
+    from hf_packfix.patches import FAST_RNN, PATCHES  # here, as above: a process with HF_PACKFIX=0 does not need them
 
     return PATCHES + FAST_RNN if state.fast_rnn else PATCHES
-
-
-def _all_patches() -> tuple[Patch, ...]:
-    from hf_packfix.patches import FAST_RNN, PATCHES
-
-    return PATCHES + FAST_RNN
-
-
-def _first_uses() -> tuple[Patch, ...]:
-    """Return the patches that are on while another one is pending."""
-    from hf_packfix.engine.first_use import FIRST_USE
-
-    return FIRST_USE
 
 
 # --- messages --------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import importlib.util
 import re
 import sys
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 #: What the tests run on, oldest first: ``tests/tools/matrix.py`` installs these, ``docs/versions.md`` lists them, and
@@ -51,7 +50,7 @@ class Conflict:
     Attributes:
         package: name of the distribution.
         required: the oldest supported version.
-        found: the installed version; None where the package is not installed, or says nothing of its version.
+        found: the installed version; None if the package is not installed, or nothing shows its version.
     """
 
     package: str
@@ -71,10 +70,10 @@ class Conflict:
 
 
 def found(package: str) -> str | None:
-    """Return the installed version of a distribution; None where there is none, or nothing tells its version.
+    """Return the installed version of a distribution; None if there is none, or nothing shows its version.
 
-    Imports no package: where the metadata are missing or broken, reads ``__version__`` from the loaded module or from
-    its source. A program that PyInstaller made has no metadata but of the packages for which it was told so.
+    Imports no package: if the metadata are missing or broken, reads ``__version__`` from the loaded module or from its
+    source. A program that PyInstaller made has the metadata that our hook adds.
     """
     # Imported here: a process that never activates should not pay for it.
     try:
@@ -85,14 +84,16 @@ def found(package: str) -> str | None:
     # UTF-8, one that cannot be read.
     except (ImportError, KeyError, ValueError, OSError):
         version = None
-    if version is not None:
-        return version
-    module = _module(package)
-    return _attribute(sys.modules.get(module)) or _assignment(_source(module) or "")
+    if version is None:
+        try:
+            version = getattr(sys.modules.get(_module(package)), "__version__", None)
+        except Exception:  # a stand-in, or a lazy module in the middle of its import
+            version = None
+    return version if isinstance(version, str) else _in_source(_module(package))
 
 
 def conflict() -> Conflict | None:
-    """Return the first package that is missing or older than its minimum; None where all is well."""
+    """Return the first package that is missing or older than its minimum; None if all is well."""
     for package, required in NEEDED.items():
         try:
             importlib.import_module(_module(package))
@@ -100,8 +101,6 @@ def conflict() -> Conflict | None:
             return Conflict(package, required, None)
     for package, required in MINIMUM.items():
         version = found(package)
-        if version is None:
-            version = _by_import(_module(package))
         if version is None or _older(version, required):
             return Conflict(package, required, version)
     return None
@@ -111,37 +110,14 @@ def _module(package: str) -> str:
     return package.replace("-", "_")
 
 
-def _attribute(module: ModuleType | None) -> str | None:
+def _in_source(module: str) -> str | None:
+    """Return the ``__version__`` that the source of a top-level package assigns; None if there is no such source."""
     try:
-        version = getattr(module, "__version__", None)
-    except Exception:  # a stand-in, or a lazy module in the middle of its import
-        return None
-    return version if isinstance(version, str) else None
-
-
-def _assignment(source: str) -> str | None:
-    match = re.search(r"""^__version__(?:: str)? = (["'])([^"']+)\1""", source, re.MULTILINE)
-    return match and match[2]
-
-
-def _source(package: str) -> str | None:
-    """Return the source of a top-level package; None where there is no such package, or only its byte code."""
-    try:
-        loader: Any = getattr(importlib.util.find_spec(package), "loader", None)
-        source: str | None = loader.get_source(package)
+        loader: Any = getattr(importlib.util.find_spec(module), "loader", None)
+        match = re.search(r"""^__version__(?:: str)? = (["'])([^"']+)\1""", loader.get_source(module), re.MULTILINE)
     except Exception:  # finders and loaders of others may raise anything
         return None
-    return source
-
-
-def _by_import(package: str) -> str | None:
-    """Return the version of a package that is there without metadata and without source, as in a frozen program."""
-    try:
-        if _source(package) is not None or importlib.util.find_spec(package) is None:
-            return None
-        return _attribute(importlib.import_module(package))
-    except Exception:  # it cannot be imported: the program will hear of it when it does
-        return None
+    return match and match[2]
 
 
 def untested() -> dict[str, str]:
@@ -158,7 +134,7 @@ def _older(version: str, than: str) -> bool:
     from packaging.version import InvalidVersion, Version
 
     try:
-        # Release numbers alone: 4.46.0.dev0 has what 4.46 has, and a local build suffix says nothing.
+        # Only release numbers: 4.46.0.dev0 has what 4.46 has, and a local build suffix means nothing.
         return Version(version).release < Version(than).release
     except InvalidVersion:
         return False

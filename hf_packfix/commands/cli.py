@@ -127,7 +127,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     doctor = commands.add_parser(
         "doctor",
-        help="say whether the plugin works here, and why not",
+        help="check whether the plugin works here, and if not, why",
         description="Examine every patch, check the start-up files, train one step on a packed batch and try the "
         "recurrent models. Exit status: 0 healthy, 1 not healthy, 2 bad usage, 3 off (HF_PACKFIX=0).",
     )

@@ -20,8 +20,7 @@ from hf_packfix.activation.control import status
 from hf_packfix.activation.environment import FAST_RNN_VARIABLE, VARIABLE, misunderstood, raw, requested
 from hf_packfix.activation.status_report import Status
 from hf_packfix.commands.run import replace_first_path
-from hf_packfix.commands.trainers import handled_apart, load_lazy, overridden_methods, patched_methods
-from hf_packfix.commands.trial import try_trainer
+from hf_packfix.commands.trainers import handled_apart, load_lazy, overridden_methods, patched_methods, try_trainer
 from hf_packfix.patches import FAST_RNN, PATCHES
 
 STARTUP_FILES = ("hf_packfix_auto.pth", "hf_packfix_auto.start", "_hf_packfix_boot.py")
@@ -191,8 +190,8 @@ def _startup_files() -> Iterator[tuple[str, str]]:
         yield str(path), "intact" if intact else "changed"
 
 
-#: What a value of ``HF_PACKFIX`` means for a program.
-MEANING: dict[str | None, str] = {
+#: The effect of ``HF_PACKFIX`` on a program, by what it asks for.
+EFFECTS: dict[str | None, str] = {
     "": "only a program that imports hf_packfix is patched, as this command is; to see what is patched in one: "
     "hf-packfix run --status train.py",
     "on": "every program that imports transformers is patched",
@@ -214,7 +213,7 @@ def _text(report: Report, verbose: bool) -> str:
         *(f"warning: {text}" for text in report.warnings),
         "",
         f"Python {report.python} on {report.platform}",
-        f"{VARIABLE} is {_set(report.variable)}: {MEANING[requested()]}",
+        f"{VARIABLE} is {_set(report.variable)}: {EFFECTS[requested()]}",
         f"{FAST_RNN_VARIABLE} is {_set(report.fast_rnn_variable)}: nn.LSTM, nn.GRU and nn.RNN "
         + ("use hf_packfix.rnn on packed data on a CPU" if report.fast_rnn else "are torch's own"),
         *(str(report.status).splitlines() if verbose else report.status.summary()),
@@ -230,7 +229,7 @@ def _text(report: Report, verbose: bool) -> str:
     if report.trainers:
         lines += ["", "Trainer subclasses, and the patched methods they override:"]
         for name, methods in report.trainers.items():
-            told = [f"{key} ({'calls' if calls else 'does not call'} super())" for key, calls in methods.items()]
-            lines.append(f"  {name}: {', '.join(told) or 'none'}")
+            listed = [f"{key} ({'calls' if calls else 'does not call'} super())" for key, calls in methods.items()]
+            lines.append(f"  {name}: {', '.join(listed) or 'none'}")
     more = "" if verbose else "every patch and file: hf-packfix doctor -v; "
     return "\n".join([*lines, "", f"{more}errors and their cures: hf-packfix docs troubleshooting"])

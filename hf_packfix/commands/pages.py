@@ -1,14 +1,16 @@
-"""``hf-packfix docs``: the pages of ``hf_packfix/docs``, which are installed with the package."""
+"""``hf-packfix docs``: the pages of ``hf_packfix/docs``, installed with the package, and two made from the code."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import io
 import os
+import re
 import sys
+from collections.abc import Iterator
 from importlib import resources
-from typing import TYPE_CHECKING
-
-from hf_packfix.commands import api_reference
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_packfix.engine.patch import Patch
@@ -16,6 +18,19 @@ if TYPE_CHECKING:
 _PATCHES = (
     "# Every patch\n\nMade from the declarations; `print(hf_packfix.status())` shows where each of them stands.\n\n"
 )
+TITLE = "API reference"
+_API = f"""\
+# {TITLE}
+
+Shapes: B sequences, T steps in the longest one, N steps in all, D features, V token ids, C labels; `*` is any further
+dimensions.
+"""
+#: The modules whose ``__all__`` is public, each with a sentence.
+MODULES = {
+    "hf_packfix": "Turning it on and off, the collator, and functions of one PackedSequence.",
+    "hf_packfix.models": "Recurrent networks as transformers models; see `hf-packfix docs models`.",
+    "hf_packfix.rnn": "Recurrent layers that train faster; see `hf-packfix docs performance`.",
+}
 
 
 class UnknownPageError(ValueError):
@@ -38,21 +53,20 @@ def run(page: str | None) -> int:
     pages = _pages()
     if page is None:
         width = max(map(len, pages))
-        titles = [f"  {name:<{width}}  {_title(text)}" for name, text in pages.items()]
+        titles = [f"  {name:<{width}}  {text.splitlines()[0].removeprefix('# ')}" for name, text in pages.items()]
         _write("\n".join(["hf-packfix docs PAGE prints one of these pages:", "", *titles, ""]))
         return 0
     text = pages.get(page.removesuffix(".md"))
     if text is None:
         raise UnknownPageError(f"expected one of: {', '.join(pages)}; found {page!r}")
-    made = {api_reference.HEAD: api_reference.reference, _PATCHES: every_patch}
+    made = {_API: reference, _PATCHES: every_patch}
     _write(made[text]() if text in made else text)
     return 0
 
 
 def every_patch() -> str:
     """Return the table of the patches, as they are declared."""
-    from hf_packfix.engine.first_use import FIRST_USE
-    from hf_packfix.patches import FAST_RNN, PATCHES
+    from hf_packfix.patches import FAST_RNN, FIRST_USE, PATCHES
 
     lines = ["| patched, in place | the original | with the patch |", "|---|---|---|", *map(_row, PATCHES)]
     lines += ["| *Until a Trainer is first used* | | |", *map(_row, FIRST_USE)]
@@ -69,16 +83,41 @@ def _row(patch: Patch) -> str:
     return f"| {patch.module}<br>`{patch.path}`{releases} | {problem} | {patch.fix} |"
 
 
+def reference() -> str:
+    """Return the public names with their signatures and docstrings; imports torch and transformers."""
+    parts = [_API]
+    for name, sentence in MODULES.items():
+        module = importlib.import_module(name)
+        parts.append(f"## {name}\n\n{sentence}\n")
+        for public in sorted(set(module.__all__) - {"__version__"}, key=lambda word: (not word[0].islower(), word)):
+            parts += _entries("###", f"{name}.{public}", getattr(module, public))
+    return "\n".join(parts)
+
+
+def _entries(heading: str, name: str, thing: Any) -> Iterator[str]:
+    """Yield the entry of a function, a property or a class, and those of the methods that a class defines."""
+    call = name.rpartition(".")[2]
+    if not isinstance(thing, property):
+        signature = inspect.signature(inspect.unwrap(thing.__init__ if inspect.isclass(thing) else thing))
+        call += re.sub(r"\((self|cls)(, /)?(, )?", "(", str(signature))
+        call = re.sub(r"""(?<=: |> )(['"])(.+?)\1(?= =|,|\)|$)""", r"\2", call).removesuffix(" -> None")  # annotations
+    if len(call) > 100:  # a parameter a line
+        call = re.sub(r", (?=[*\w]+(?:[:=,)]|$))", ",\n    ", call).replace("(", "(\n    ", 1)
+    prose = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", inspect.cleandoc(thing.__doc__)).replace("``", "`")
+    yield f"{heading} {name}\n\n```text\n{call}\n```\n\n{prose}\n"
+    if inspect.isclass(thing):
+        for member, value in vars(thing).items():
+            function = getattr(value, "__func__", value)
+            if not member.startswith("_") and function.__doc__ and isinstance(function, (property, type(_entries))):
+                yield from _entries("####", f"{name}.{member}", function)
+
+
 def _pages() -> dict[str, str]:
     """Return the text of every page by its name, in the order of the names."""
     # Not by `__file__`: the package may be in a zip file.
     files = {file.name: file for file in resources.files("hf_packfix").joinpath("docs").iterdir()}
     pages = {name[:-3]: file.read_text(encoding="utf-8") for name, file in files.items() if name.endswith(".md")}
-    return dict(sorted({**pages, "api": api_reference.HEAD, "patches": _PATCHES}.items()))
-
-
-def _title(text: str) -> str:
-    return text.partition("\n")[0].removeprefix("# ")
+    return dict(sorted({**pages, "api": _API, "patches": _PATCHES}.items()))
 
 
 def _write(text: str) -> None:

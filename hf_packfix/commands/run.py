@@ -26,10 +26,10 @@ class RunError(Exception):
 
 
 def run(target: str, arguments: Sequence[str], *, option: str = "", show_status: bool = False) -> None:
-    """Activate and run a program as ``__main__``, and let child processes activate, too.
+    """Activate and run a program as ``__main__``, and let child processes activate as well.
 
     The program stays ``__main__`` until the interpreter ends, for its threads and ``atexit`` functions. What it raises
-    is raised here, and Python sets the exit status; the traceback that is shown is that of the program alone.
+    is raised here, and Python sets the exit status; the traceback that is shown is only that of the program.
 
     Args:
         target: path of a script, or of a folder or zip file with a ``__main__``; "-" for standard input; after an

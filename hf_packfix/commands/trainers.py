@@ -1,16 +1,19 @@
-"""What Trainer subclasses do to a batch beside the methods that are patched: ``hf-packfix doctor --import``."""
+"""What ``hf-packfix doctor`` tries and looks up: a packed batch through a Trainer, and what Trainer subclasses do."""
 
 from __future__ import annotations
 
-import inspect
+import contextlib
+import io
 import sys
+import tempfile
 from collections.abc import Iterator
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from hf_packfix._warnings import in_a_line
 from hf_packfix.activation.control import status
 from hf_packfix.engine.patch import Patch
+from hf_packfix.engine.targets import names_in
 from hf_packfix.patches import PATCHES
 
 #: Whose methods are patched.
@@ -18,6 +21,51 @@ _TRAINERS = ("Trainer", "Seq2SeqTrainer")
 
 #: Methods that are not patched, through which a batch goes.
 _OF_BATCHES = ("_prepare_inputs", "training_step", "compute_loss", "get_batch_samples")
+
+
+def try_trainer() -> str | None:
+    """Train a step and evaluate a tagger on packed batches; return what went wrong, in a line, or None."""
+    import torch
+    from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+    class Tagger(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = torch.nn.GRU(2, 3)
+
+        def forward(self, input_ids: PackedSequence, labels: PackedSequence) -> dict[str, Any]:
+            states = self.gru(input_ids)[0]
+            return {"loss": torch.nn.functional.cross_entropy(states.data, labels.data), "logits": states}
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, PackedSequence]:
+        return {key: pack_sequence([row[key] for row in rows], enforce_sorted=False) for key in rows[0]}
+
+    rows: Any = [{"input_ids": torch.ones(n, 2), "labels": torch.arange(n) % 3} for n in (1, 4, 2)]
+    shapes: list[list[int]] = []
+    try:
+        from transformers import Trainer, TrainingArguments
+
+        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as directory:
+            arguments = TrainingArguments(
+                directory,
+                max_steps=1,
+                per_device_eval_batch_size=2,
+                report_to=[],
+                save_strategy="no",
+                disable_tqdm=True,
+                use_cpu=True,  # with several GPUs and no launcher the Trainer uses DataParallel, which cannot work
+            )
+
+            def metrics(prediction: Any) -> dict[str, float]:
+                shapes.append(list(prediction.label_ids.shape))
+                return {}
+
+            trainer = Trainer(Tagger(), arguments, collate, rows, rows, compute_metrics=metrics)
+            trainer.train()
+            trainer.evaluate()
+    except Exception as error:
+        return in_a_line(error)
+    return None if shapes == [[3, 4]] else f"compute_metrics got labels of the shapes {shapes}, expected [[3, 4]]"
 
 
 def load_lazy(module: ModuleType) -> Iterator[str]:
@@ -38,7 +86,10 @@ def patched_methods() -> dict[str, Patch]:
 
 
 def overridden_methods(package: str) -> dict[str, dict[str, bool]]:
-    """Return the Trainer subclasses of a module and its submodules, with the patched methods they override."""
+    """Return the Trainer subclasses of a module and its submodules, with the patched methods that each overrides.
+
+    A method is True if it calls ``super()``.
+    """
     patched = patched_methods()
     return {
         f"{cls.__module__}.{cls.__qualname__}": {
@@ -55,7 +106,7 @@ def handled_apart(package: str) -> Iterator[str]:
     """
     for cls in _subclasses(package):
         for method in _OF_BATCHES:
-            names = _names(vars(cls).get(method))
+            names = names_in(vars(cls).get(method))
             looks = sorted(names & {"is_tensor", "Tensor"})
             if looks and "PackedSequence" not in names:
                 yield (
@@ -94,18 +145,6 @@ def _is_within(module: str, package: str) -> bool:
 
 def _calls_super(cls: type[Any], method: str) -> bool:
     """Return whether a class's own method calls that of a parent: read from the names in its code."""
-    names = _names(vars(cls)[method])
+    names = names_in(vars(cls)[method])
     # The name of the method alone could be a call of itself, which the original makes for what is nested.
     return method in names and not names.isdisjoint({"super", *(base.__name__ for base in cls.__mro__[1:])})
-
-
-def _names(function: Any) -> set[str]:
-    """Return the global names and attributes that a function's code mentions; nothing for what is no function."""
-    names: set[str] = set()
-    waiting = [getattr(inspect.unwrap(function), "__code__", None)] if callable(function) else []
-    while waiting:
-        code = waiting.pop()
-        if isinstance(code, CodeType):
-            names.update(code.co_names)
-            waiting.extend(code.co_consts)
-    return names

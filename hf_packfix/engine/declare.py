@@ -1,19 +1,12 @@
 """How a patch is declared: a decorator on the function that does the work.
 
-``@around``
-    The function is called instead of the original, if there is a PackedSequence in the arguments. ``when`` names
-    another condition.
-``@on_leaf``
-    The function returns the answer for one PackedSequence, the first argument. For originals that call themselves by
-    their global name for what is nested.
-``@on_every_packed``
-    The function returns the answer for each PackedSequence in the first argument, and the original does the rest. For
-    originals that walk a nested batch on their own.
-``@hand_made``
-    The function makes the wrapper. For the hottest ones.
+``@around`` calls the function instead of the original, if there is a PackedSequence in the arguments; ``@on_leaf`` for
+one PackedSequence, if the original calls itself by its global name for what is nested; ``@on_every_packed`` for each
+PackedSequence in a nested batch, if the original walks it on its own. ``@hand_made`` is for the hottest ones.
 
 The function gets the original first, then the arguments of the call. It runs only while the patch is active. All four
-decorators return the function as it is and take the same keywords, those of :class:`hf_packfix.engine.patch.Patch`.
+decorators return the function as it is and take the same keywords, the fields of
+:class:`hf_packfix.engine.patch.Patch`, of which ``parameters``, ``problem`` and ``fix`` are required.
 
 A call without a PackedSequence reads nothing of upstream before it reaches the original: no change of upstream can
 break it.
@@ -24,35 +17,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 from hf_packfix.engine.lazily import packing
 from hf_packfix.engine.patch import Group, Patch
 from hf_packfix.engine.targets import Function
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 F = TypeVar("F", bound=Function)
 
-
-class _Required(TypedDict):
-    parameters: tuple[str, ...]
-    problem: str
-    fix: str
-
-
-class Declaration(_Required, total=False):
-    """The keywords of every decorator; see :class:`hf_packfix.engine.patch.Patch`."""
-
-    uses: tuple[str, ...]
-    upstream_supports: Callable[[Function], bool]
-    silent: Literal["training", "evaluation", "always"]
-    since: str
-    until: str
-    issue: str
-    group: Group
-
+#: Keywords that several patches share.
+Declaration = dict[str, Any]
 
 _declared: dict[str, Patch] = {}
 
@@ -91,68 +65,48 @@ def always(*args: Any, **kwargs: Any) -> bool:
     return True
 
 
-def around(
-    target: str, *, when: Callable[..., bool] = holds_packed, **declaration: Unpack[Declaration]
-) -> Callable[[F], F]:
+def around(target: str, *, when: Callable[..., bool] = holds_packed, **declaration: Any) -> Callable[[F], F]:
     """Declare a patch whose function is called instead of the original, ``function(original, *arguments)``.
 
     Args:
         target: ``module:path`` of the function.
         when: given the arguments of a call, returns whether the function is called. It may look at their types and at
             what is ours, at nothing of upstream.
-        declaration: the keywords of every decorator.
     """
-
-    def declare(function: F) -> F:
-        return _declare(target, partial(_around, function, when), function, declaration)
-
-    return declare
+    return lambda function: _declare(target, partial(_around, function, when), function, declaration)
 
 
-def on_leaf(
-    target: str, *, rebuilds_named_tuples: bool = False, **declaration: Unpack[Declaration]
-) -> Callable[[F], F]:
+def on_leaf(target: str, *, rebuilds_named_tuples: bool = False, **declaration: Any) -> Callable[[F], F]:
     """Declare a patch whose function handles one PackedSequence, ``function(original, packed, *other_arguments)``.
 
     Args:
         target: ``module:path`` of the function.
         rebuilds_named_tuples: whether the original rebuilds tuples from a generator, which named tuples refuse: they
             are then rebuilt here, item by item.
-        declaration: the keywords of every decorator.
     """
-
-    def declare(function: F) -> F:
-        return _declare(target, partial(_on_leaf, function, rebuilds_named_tuples), function, declaration)
-
-    return declare
+    return lambda function: _declare(target, partial(_on_leaf, function, rebuilds_named_tuples), function, declaration)
 
 
-def on_every_packed(target: str, **declaration: Unpack[Declaration]) -> Callable[[F], F]:
+def on_every_packed(target: str, **declaration: Any) -> Callable[[F], F]:
     """Declare a patch whose function handles each PackedSequence in a nested batch.
 
     ``function(original, packed, *other_arguments)`` is what stands in its place in the result. The original gets the
     batch with empty tuples in these places, and handles everything else.
     """
-
-    def declare(function: F) -> F:
-        return _declare(target, partial(_on_every_packed, function), function, declaration)
-
-    return declare
+    return lambda function: _declare(target, partial(_on_every_packed, function), function, declaration)
 
 
-def hand_made(target: str, **declaration: Unpack[Declaration]) -> Callable[[F], F]:
+def hand_made(target: str, **declaration: Any) -> Callable[[F], F]:
     """Declare a patch whose function makes the wrapper, ``function(original, patch)``; it must look at ``active``.
 
     The wrapper has exactly the ``parameters`` of the declaration.
     """
-
-    def declare(make: F) -> F:
-        return _register(Patch(target, make, knows=declaration["parameters"], **declaration), make)
-
-    return declare
+    return lambda make: _register(Patch(target, make, knows=declaration["parameters"], **declaration), make)
 
 
-def _declare(target: str, make: Callable[[Function, Patch], Function], function: F, declaration: Declaration) -> F:
+def _declare(
+    target: str, make: Callable[[Function, Patch], Function], function: F, declaration: Mapping[str, Any]
+) -> F:
     arguments = list(inspect.signature(function).parameters.values())[1:]
     open_ended = any(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in arguments)
     # The first one may have a name of its own, such as `packed`.

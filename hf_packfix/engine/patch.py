@@ -8,17 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from hf_packfix.engine.targets import (
-    Function,
-    chain,
-    exchange,
-    has,
-    is_loaded,
-    loaded_without,
-    location,
-    parameters_of,
-    resolve,
-)
+from hf_packfix.engine.targets import Function, chain, exchange, has, loaded_without, location, parameters_of, resolve
 
 #: When a patch is applied: by every ``enable()``, if its keyword or variable asks for it, or while another is pending.
 Group = Literal["default", "fast_rnn", "first_use"]
@@ -201,7 +191,7 @@ class Patch:
             unsafe[self.target] = self
 
     def _examined(self) -> tuple[State, str]:
-        if not is_loaded(self.module):
+        if sys.modules.get(self.module) is None:
             if loaded_without(self.module):
                 return "not-applicable", f"there is no module {self.module} here"
             return "pending", ""
@@ -240,11 +230,8 @@ class Patch:
             named = {name: kwargs.pop(name) for name in set(kwargs) - set(known)}
             if not added and not named:
                 return wrapper(*args, **kwargs)
-
-            def passing_them_on(*args: Any, **kwargs: Any) -> Any:
-                return original(*args, *added, **kwargs, **named)
-
-            return self.make(passing_them_on, self)(*args[: len(known)], **kwargs)
+            passing_them_on = self.make(lambda *args, **kwargs: original(*args, *added, **kwargs, **named), self)
+            return passing_them_on(*args[: len(known)], **kwargs)
 
         return with_unknown_parameters
 

@@ -13,17 +13,15 @@ from typing import Any
 Function = Callable[..., Any]
 
 
-def is_loaded(module: str) -> bool:
-    """Return whether a module has been imported, or is being imported."""
-    return sys.modules.get(module) is not None
+def is_complete(module: str) -> bool:
+    """Return whether a module is loaded to its last line."""
+    loaded = sys.modules.get(module)
+    return loaded is not None and not getattr(getattr(loaded, "__spec__", None), "_initializing", False)
 
 
 def loaded_without(module: str) -> bool:
     """Return whether a module's package is loaded to its last line and has no such module."""
-    package = sys.modules.get(module.rpartition(".")[0])
-    if package is None or getattr(getattr(package, "__spec__", None), "_initializing", False):
-        return False
-    return not _exists(module, if_unknown=True)
+    return is_complete(module.rpartition(".")[0]) and not _exists(module, if_unknown=True)
 
 
 def _exists(module: str, *, if_unknown: bool = False) -> bool:
@@ -74,21 +72,30 @@ def _names_in(cls: type) -> frozenset[str]:
         names |= vars(base).keys() | vars(base).get("__annotations__", {}).keys()
         for value in vars(base).values():
             for function in (value, *(getattr(value, part, None) for part in ("__func__", "fget", "fset"))):
-                # The innermost: our own wrappers name what they use.
-                *_, innermost = [None, *chain(function)]
-                codes = [getattr(innermost, "__code__", None)]
-                while codes:
-                    code = codes.pop()
-                    if isinstance(code, types.CodeType):
-                        names.update(code.co_names)
-                        codes += code.co_consts
+                names |= names_in(function)
     return frozenset(names)
+
+
+def names_in(function: Any) -> set[str]:
+    """Return the global names and attributes in the code of a function, for a wrapper of the innermost function.
+
+    Our own wrappers name what they use. Empty for what is no function.
+    """
+    names: set[str] = set()
+    *_, innermost = [None, *chain(function)]
+    codes = [getattr(innermost, "__code__", None)]
+    while codes:
+        code = codes.pop()
+        if isinstance(code, types.CodeType):
+            names.update(code.co_names)
+            codes += code.co_consts
+    return names
 
 
 def exchange(changes: Iterable[tuple[Any, str, Function, Function]]) -> None:
     """Replace functions wherever they are held, if they still are.
 
-    A method is replaced on its class alone. A function of a module is also replaced in every module that imported it,
+    A method is replaced only on its class. A function of a module is also replaced in every module that imported it,
     under any name: ``transformers.trainer`` has imported those of ``transformers.trainer_pt_utils``.
 
     Args:
@@ -123,7 +130,7 @@ def chain(function: Function | None) -> Iterator[Function]:
 
 
 def parameters_of(function: Function) -> tuple[str, ...]:
-    """Return the names of a function's parameters; empty if Python cannot tell them."""
+    """Return the names of a function's parameters; empty if Python does not know them."""
     try:
         return tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError):

@@ -137,43 +137,33 @@ def _steps(leaf: Any) -> list[int] | None:
     return list(shape[2:]) if len(shape) > 1 else None
 
 
-class SameShapes:
-    """A check that the batches of an evaluation can be joined, before the rest of the data set is evaluated.
+def check_same_shapes(first: Any, batch: Any, number: int) -> None:
+    """Check that batches of an evaluation can be joined, before the rest of the data set is evaluated.
 
     Args:
-        batches: what is kept of batches so far.
+        first: what is kept of the first batch, tensors or arrays ``[B, T, *]`` or ``[B]``.
+        batch: the same of a later one.
+        number: of that batch.
+
+    Raises:
+        ValueError: the numbers of tensors differ, or the shapes ``*``: NumPy and torch would repeat a one.
     """
-
-    def __init__(self, batches: list[Any]) -> None:
-        self._expected: list[list[int] | None] | None = None
-        self._number = 0
-        for batch in batches:
-            self(batch)
-
-    def __call__(self, batch: Any) -> None:
-        """Compare the shapes ``*`` of what is kept of a batch, tensors ``[B, T, *]`` or ``[B]``, with the first one's.
-
-        Raises:
-            ValueError: the numbers of tensors differ, or the shapes, of which NumPy and torch would repeat a one.
-        """
-        shapes = list(map(_steps, leaves(batch)))
-        expected = self._expected = shapes if self._expected is None else self._expected
-        if len(shapes) != len(expected):
+    expected, shapes = ([_steps(leaf) for leaf in leaves(kept)] for kept in (first, batch))
+    if len(shapes) != len(expected):
+        raise ValueError(
+            f"the model returns {len(shapes)} tensors in batch {number} of the evaluation, but {len(expected)} in "
+            f"batch 0: batches can be joined only if all have the same outputs"
+        )
+    for place, (wanted, found) in enumerate(zip(expected, shapes, strict=True)):
+        if found != wanted:
+            loop = _loop.get() or Loop()
+            names = [n for n, now in loop.steps.items() if (now, loop.first_steps[n]) == (found, wanted)]
             raise ValueError(
-                f"the model returns {len(shapes)} tensors in batch {self._number} of the evaluation, but "
-                f"{len(expected)} in batch 0: batches can be joined only if all have the same outputs"
+                f"{' and '.join(names) or f'number {place} of what the model returns'} has steps of shape {found} in "
+                f"batch {number} of the evaluation, but {wanted} in batch 0: batches can be joined only if their "
+                f"steps have one shape. If it is an output that no metric needs, {_LEAVE_OUT}; or keep the batches "
+                f"apart with TrainingArguments(eval_do_concat_batches=False)"
             )
-        for place, (first, found) in enumerate(zip(expected, shapes, strict=True)):
-            if found != first:
-                loop = _loop.get() or Loop()
-                names = [n for n, now in loop.steps.items() if (now, loop.first_steps[n]) == (found, first)]
-                raise ValueError(
-                    f"{' and '.join(names) or f'number {place} of what the model returns'} has steps of shape "
-                    f"{found} in batch {self._number} of the evaluation, but {first} in batch 0: batches can be "
-                    f"joined only if their steps have one shape. If it is an output that no metric needs, "
-                    f"{_LEAVE_OUT}; or keep the batches apart with TrainingArguments(eval_do_concat_batches=False)"
-                )
-        self._number += 1
 
 
 def join(batches: list[Any], padding: float) -> Any:

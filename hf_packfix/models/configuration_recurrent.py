@@ -14,12 +14,12 @@ from hf_packfix.models.upstream import CACHE_NAME
 CELL_TYPES = ("rnn", "lstm", "gru")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-#: What a saved ``config.json`` says to whoever finds that transformers does not know the model type.
+#: Stands in a saved ``config.json`` for readers whose transformers does not know the model type.
 _REQUIRES = "import hf_packfix.models (pip install hf-packfix)"
 
 
 class RecurrentConfig(PretrainedConfig):
-    """What a recurrent model is made of; the network itself is ``torch.nn.RNN``, ``LSTM`` or ``GRU``.
+    """The fields of a recurrent model; the network itself is ``torch.nn.RNN``, ``LSTM`` or ``GRU``.
 
     Args:
         cell_type: "rnn" (tanh), "lstm" or "gru".
@@ -102,7 +102,7 @@ class RecurrentConfig(PretrainedConfig):
 
     @property
     def num_directions(self) -> int:
-        """2 where the model is bidirectional, else 1."""
+        """2 if the model is bidirectional, else 1."""
         return 2 if self.bidirectional else 1
 
     @property
@@ -127,11 +127,13 @@ class RecurrentConfig(PretrainedConfig):
                 f"embedding_size={self.embedding_size} needs a vocab_size; features of input_size are not "
                 f"embedded, leave embedding_size out"
             )
-        _check_positive("hidden_size", self.hidden_size)
-        _check_positive("num_hidden_layers", self.num_hidden_layers)
-        for name in ("vocab_size", "input_size", "embedding_size"):
-            if getattr(self, name) is not None:
-                _check_positive(name, getattr(self, name))
+        optional = ("vocab_size", "input_size", "embedding_size")
+        for name in ("hidden_size", "num_hidden_layers", *optional):
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, found {value!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, found {self.dropout!r}")
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
@@ -158,8 +160,3 @@ class RecurrentConfig(PretrainedConfig):
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, found {value!r}")

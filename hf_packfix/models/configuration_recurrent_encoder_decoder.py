@@ -17,7 +17,7 @@ _OF_BOTH_SIDES = (
 
 
 class RecurrentEncoderDecoderConfig(RecurrentConfig):
-    """What a recurrent encoder-decoder is made of; source and target share one vocabulary of ids.
+    """The fields of a recurrent encoder-decoder; source and target share one vocabulary of ids.
 
     Args:
         cell_type: "rnn" (tanh), "lstm" or "gru", of both sides.

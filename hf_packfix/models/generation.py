@@ -126,7 +126,13 @@ class RecurrentGenerationMixin(GenerationMixin):
             input_ids = pad_left(input_ids, self.config.pad_token_id or 0)
         if self.config.is_encoder_decoder:
             # The source may be padded anywhere, the encoder returns its state after the last real step.
-            _check_decoder_mask(kwargs.get("decoder_attention_mask"))
+            mask = kwargs.get("decoder_attention_mask")
+            rows = [] if mask is None else (mask[:, -1] == 0).nonzero().flatten().tolist()
+            if rows:
+                raise ValueError(
+                    f"decoder_attention_mask ends with padding in row {rows[0]}: a target is continued at its last "
+                    f"column, pad decoder_input_ids on the left"
+                )
             return super().generate(input_ids, *args, **kwargs)
         mask = kwargs.get("attention_mask")
         if mask is None and isinstance(input_ids, Tensor):
@@ -174,12 +180,3 @@ def _real_steps_last(mask: Tensor, begin: int) -> Tensor:
     unread = mask[:, begin:].bool().to(torch.int64).sort(dim=1, stable=True).indices + begin
     read = torch.arange(min(begin, mask.shape[1]), device=mask.device).expand(len(mask), -1)
     return torch.cat([read, unread], dim=1)
-
-
-def _check_decoder_mask(mask: Tensor | None) -> None:
-    rows = [] if mask is None else (mask[:, -1] == 0).nonzero().flatten().tolist()
-    if rows:
-        raise ValueError(
-            f"decoder_attention_mask ends with padding in row {rows[0]}: a target is continued at its last column, "
-            f"pad decoder_input_ids on the left"
-        )

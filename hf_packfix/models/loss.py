@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_packfix.models.configuration_recurrent import PROBLEM_TYPES, RecurrentConfig
+from hf_packfix.models.configuration_recurrent import RecurrentConfig
 from hf_packfix.models.steps import Steps, align, previous_rows, real_steps
 from hf_packfix.packing.packed import PackedSequence, batch_size, with_data
 
@@ -97,15 +97,17 @@ def sequence_loss(
     Args:
         logits: ``[B, C]``.
         labels: int64 ``[B]`` for single-label classification, ``[B, C]`` of 0 and 1 for multi-label,
-            float ``[B, C]`` (``[B]`` where C is 1) for regression.
-        config: says C (``num_labels``) and the problem type.
+            float ``[B, C]`` (``[B]`` if C is 1) for regression.
+        config: has C (``num_labels``) and the problem type.
         num_items_in_batch: what the sum is divided by; by default, the number of labels that count.
 
     Raises:
-        ValueError: the labels do not have the shape that the problem type asks for.
+        ValueError: the labels do not have the shape that the problem type needs.
     """
     if config.problem_type is None:
-        config.problem_type = _infer_problem_type(labels, logits.shape[1])
+        integral = isinstance(labels, Tensor) and labels.dtype in (torch.int64, torch.int32)
+        of_labels: Any = "single_label_classification" if integral else "multi_label_classification"
+        config.problem_type = "regression" if logits.shape[1] == 1 else of_labels
     single = config.problem_type == "single_label_classification"
     expected = logits.shape[:1] if single else logits.shape
     if not isinstance(labels, Tensor) or labels.numel() != expected.numel() or labels.shape[:1] != expected[:1]:
@@ -114,20 +116,10 @@ def sequence_loss(
     labels = labels.reshape(expected)
     if single:
         return _cross_entropy(logits, labels, num_items_in_batch)
-    criterion = functional.mse_loss if config.problem_type == "regression" else _binary_cross_entropy
+    of_regression = config.problem_type == "regression"
+    criterion = functional.mse_loss if of_regression else functional.binary_cross_entropy_with_logits
     total = criterion(logits.float(), labels.float(), reduction="sum")
     return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
-
-
-_binary_cross_entropy = functional.binary_cross_entropy_with_logits
-
-
-def _infer_problem_type(labels: Tensor, num_labels: int) -> Any:
-    regression, single_label, multi_label = PROBLEM_TYPES
-    if num_labels == 1:
-        return regression
-    integral = isinstance(labels, Tensor) and labels.dtype in (torch.int64, torch.int32)
-    return single_label if integral else multi_label
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:

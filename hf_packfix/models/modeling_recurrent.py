@@ -58,16 +58,13 @@ class RecurrentModelOutput(ModelOutput):
         """The recurrent state."""
         return self.recurrent_state
 
-    @property
-    def past_key_values(self) -> RecurrentCache | None:
-        """The recurrent state."""
-        return self.recurrent_state
+    past_key_values = cache
 
 
 class RecurrentPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialization of the recurrent models."""
 
-    config_class = RecurrentConfig
+    config_class: type[RecurrentConfig] = RecurrentConfig
     base_model_prefix = "recurrent"
     supports_gradient_checkpointing = False
     config: RecurrentConfig
@@ -137,7 +134,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         Args:
             input_ids: int64 ``[B, T]`` or packed ``[N]``, for a model with a ``vocab_size``.
             attention_mask: ``[B, T]``, zero at padding, which may stand anywhere; with a state also
-                ``[B, seen + T]``. Packed inputs have none, or a packed one, which tells nothing new.
+                ``[B, seen + T]``. Packed inputs have none, or a packed one, which changes nothing.
             input_values: float ``[B, T, D]`` or packed ``[N, D]``, for a model with an ``input_size``; cast
                 to the dtype of the weights.
             past_key_values: the state to start from; zeros by default.
@@ -211,8 +208,6 @@ class RecurrentModel(RecurrentPreTrainedModel):
 class _Classifier(RecurrentPreTrainedModel):
     """The network and a linear layer on top, to the logits of the labels."""
 
-    _output: type[Any]
-
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -233,11 +228,8 @@ class _Classifier(RecurrentPreTrainedModel):
         """Return ``logits`` and, with labels, the loss.
 
         Args:
-            input_ids: see :meth:`RecurrentModel.forward`, as are the next two.
-            attention_mask: padding is zero.
-            input_values: features.
+            input_ids, attention_mask, input_values, return_dict: see :meth:`RecurrentModel.forward`.
             labels: see the class.
-            return_dict: False for a plain tuple.
             num_items_in_batch: what the summed loss is divided by.
             **loss_kwargs: ignored. From this name, transformers 4.46 knows that we take ``num_items_in_batch``.
 
@@ -245,14 +237,10 @@ class _Classifier(RecurrentPreTrainedModel):
             ValueError: see :meth:`RecurrentModel.forward`; or the labels do not fit the inputs.
         """
         output = self.recurrent(input_ids, attention_mask, input_values, use_cache=False, return_dict=True)
-        logits = self._logits(output)
-        loss = None if labels is None else self._loss(logits, labels, attention_mask, num_items_in_batch)
-        return returned(self._output(loss=loss, logits=logits), self.config, return_dict)
+        result = self._classify(output, labels, attention_mask, num_items_in_batch)
+        return returned(result, self.config, return_dict)
 
-    def _logits(self, output: RecurrentModelOutput) -> Any:
-        raise NotImplementedError
-
-    def _loss(self, logits: Any, labels: Any, attention_mask: Steps | None, items: Tensor | int | None) -> Tensor:
+    def _classify(self, output: Any, labels: Any, attention_mask: Steps | None, items: Any) -> ModelOutput:
         raise NotImplementedError
 
 
@@ -261,7 +249,7 @@ class RecurrentForSequenceClassification(_Classifier):
 
     ``forward`` takes ``input_ids``, ``attention_mask`` and ``input_values`` as :class:`RecurrentModel` does, and
     ``labels``: int64 ``[B]`` for single-label classification, ``[B, C]`` for multi-label, float ``[B, C]`` (``[B]``
-    where C is 1) for regression. If ``config.problem_type`` is None, it is set from the first labels.
+    if C is 1) for regression. If ``config.problem_type`` is None, it is set from the first labels.
 
     Example:
         >>> from torch.nn.utils.rnn import pack_sequence
@@ -271,20 +259,17 @@ class RecurrentForSequenceClassification(_Classifier):
         torch.Size([2, 3])
     """
 
-    _output = SequenceClassifierOutput
-
-    def _logits(self, output: RecurrentModelOutput) -> Any:
-        return self.classifier(output.pooler_output)
-
-    def _loss(self, logits: Any, labels: Any, attention_mask: Steps | None, items: Tensor | int | None) -> Tensor:
-        return sequence_loss(logits, labels, self.config, items)
+    def _classify(self, output: Any, labels: Any, attention_mask: Steps | None, items: Any) -> ModelOutput:
+        logits = self.classifier(output.pooler_output)
+        loss = None if labels is None else sequence_loss(logits, labels, self.config, items)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 class RecurrentForTokenClassification(_Classifier):
     """One prediction for each step: ``logits`` are ``[B, T, C]``, or packed.
 
     ``forward`` takes ``input_ids``, ``attention_mask`` and ``input_values`` as :class:`RecurrentModel` does, and
-    ``labels``: int64 ``[B, T]``, or packed where the inputs are; -100 is ignored, and so is padding.
+    ``labels``: int64 ``[B, T]``, or packed if the inputs are; -100 is ignored, and so is padding.
 
     Example:
         >>> from torch.nn.utils.rnn import pack_sequence
@@ -294,13 +279,10 @@ class RecurrentForTokenClassification(_Classifier):
         torch.Size([5, 3])
     """
 
-    _output = TokenClassifierOutput
-
-    def _logits(self, output: RecurrentModelOutput) -> Any:
-        return map_steps(self.classifier, cast(Steps, output.last_hidden_state))
-
-    def _loss(self, logits: Any, labels: Any, attention_mask: Steps | None, items: Tensor | int | None) -> Tensor:
-        return step_loss(logits, step_labels(labels, logits, attention_mask), items)
+    def _classify(self, output: Any, labels: Any, attention_mask: Steps | None, items: Any) -> ModelOutput:
+        logits: Any = map_steps(self.classifier, output.last_hidden_state)
+        loss = None if labels is None else step_loss(logits, step_labels(labels, logits, attention_mask), items)
+        return TokenClassifierOutput(loss=loss, logits=logits)
 
     def labels_in_loss(self, inputs: Mapping[str, Any]) -> Steps:
         """Return the labels as the loss uses them, as :meth:`RecurrentForCausalLM.labels_in_loss` does."""
@@ -321,7 +303,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
         torch.Size([1, 5])
     """
 
-    # transformers 5 reads the pairs, transformers 4 the names alone.
+    # transformers 5 reads the pairs, transformers 4 only the names.
     _tied_weights_keys = {"lm_head.weight": "recurrent.embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: RecurrentConfig) -> None:
@@ -351,13 +333,10 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
         """Return ``logits`` ``[B, T, V]``, or packed, and, with labels, the loss of predicting the next one.
 
         Args:
-            input_ids: see :meth:`RecurrentModel.forward`, as are the next two.
-            attention_mask: padding is zero.
-            past_key_values: the state to start from.
+            input_ids, attention_mask, past_key_values: see :meth:`RecurrentModel.forward`.
             labels: int64 in the layout of ``input_ids``, usually equal to them. They are shifted here,
                 within each sequence: its first label is never predicted, whatever padding stands before it.
-            use_cache: whether to return the final state.
-            return_dict: False for a plain tuple.
+            use_cache, return_dict: see :meth:`RecurrentModel.forward`.
             logits_to_keep: compute the logits of the last so many columns of a padded batch; 0 for all.
             num_items_in_batch: what the summed loss is divided by.
             cache: the same as ``past_key_values``, by its name from transformers 5.24 on.
@@ -408,6 +387,6 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, RecurrentPreTrainedModel):
 
 
 def returned(output: Output, config: PretrainedConfig, return_dict: bool | None) -> Output | tuple[Any, ...]:
-    """Return the output, or its values in a tuple where ``return_dict``, or else the configuration, is False."""
+    """Return the output, or its values in a tuple if ``return_dict``, or else the configuration, is False."""
     as_dict = config.return_dict if return_dict is None else return_dict
     return output if as_dict else output.to_tuple()

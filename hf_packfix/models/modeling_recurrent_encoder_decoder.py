@@ -13,20 +13,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from hf_packfix.models.configuration_recurrent_encoder_decoder import RecurrentEncoderDecoderConfig
 from hf_packfix.models.generation import RecurrentCache, RecurrentGenerationMixin
 from hf_packfix.models.loss import shift_right, step_labels, step_loss
-from hf_packfix.models.modeling_recurrent import RecurrentModel, RecurrentModelOutput, returned
+from hf_packfix.models.modeling_recurrent import (
+    RecurrentModel,
+    RecurrentModelOutput,
+    RecurrentPreTrainedModel,
+    returned,
+)
 from hf_packfix.models.steps import Steps, map_steps
 from hf_packfix.models.upstream import CACHE_NAME, given_state
 
 
-class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
+class RecurrentEncoderDecoder(RecurrentGenerationMixin, RecurrentPreTrainedModel):
     """Sequence to sequence, for ``Seq2SeqTrainer`` and ``generate()``.
 
     Example:
@@ -41,9 +44,6 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
 
     config_class = RecurrentEncoderDecoderConfig
     config: RecurrentEncoderDecoderConfig
-    base_model_prefix = "recurrent"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = False
 
     def __init__(self, config: RecurrentEncoderDecoderConfig) -> None:
         super().__init__(config)
@@ -54,11 +54,6 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
         self.bridge = nn.Linear(self.encoder.config.output_size, states * config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, cast(int, config.vocab_size), bias=False)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.RNNBase, nn.Linear, nn.Embedding)):
-            module.reset_parameters()
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> RecurrentModel:
         """Return the encoder."""
@@ -109,9 +104,7 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
             past_key_values: the decoder's state, instead of a source.
             labels: int64 ``[B, T]`` padded with -100 on the right, or packed: the target.
             use_cache: whether to return the decoder's state.
-            return_dict: False for a plain tuple.
-            num_items_in_batch: what the summed loss is divided by.
-            cache: the same as ``past_key_values``, by its name from transformers 5.24 on.
+            return_dict, num_items_in_batch, cache: see :meth:`RecurrentForCausalLM.forward`.
             **loss_kwargs: ignored. From this name, transformers 4.46 knows that we take ``num_items_in_batch``.
 
         Raises:
@@ -169,13 +162,8 @@ class RecurrentEncoderDecoder(RecurrentGenerationMixin, PreTrainedModel):
         return step_labels(labels, inputs.get("decoder_input_ids", labels), inputs.get("decoder_attention_mask"))
 
     def _decoder_start(self, encoder_outputs: RecurrentModelOutput) -> RecurrentCache:
-        """Return the state in which the decoder begins, made of the encoder's final one ``[B, O]``."""
+        """Return the state in which the decoder begins, from the encoder's final one ``[B, O]``."""
         layers = self.config.num_hidden_layers
-        states = (
-            self.bridge(encoder_outputs.pooler_output)
-            .tanh()
-            .unflatten(1, (-1, self.config.hidden_size))
-            .transpose(0, 1)
-        )
-        hidden, *cell = (part.contiguous() for part in states.split(layers))
+        states = self.bridge(encoder_outputs.pooler_output).tanh().unflatten(1, (-1, self.config.hidden_size))
+        hidden, *cell = (part.contiguous() for part in states.transpose(0, 1).split(layers))
         return RecurrentCache(hidden, *cell)

@@ -1,7 +1,7 @@
 """Tiny recurrent models, tried on the installed transformers: what ``hf-packfix doctor`` and the drift check run.
 
 Each check compares a model with itself in another layout, another order of reading, or after a round trip, so that
-it says that the numbers are right, not only that nothing was raised.
+it finds wrong numbers, not only errors.
 
     python -m hf_packfix.models.selftest    # one JSON object: each check, and what went wrong
 """
@@ -17,39 +17,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence, pad_sequence
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    Trainer,
-    TrainingArguments,
-)
 
+from hf_packfix import models
 from hf_packfix._warnings import in_a_line
-from hf_packfix.models import (
-    RecurrentConfig,
-    RecurrentEncoderDecoder,
-    RecurrentEncoderDecoderConfig,
-    RecurrentForCausalLM,
-    RecurrentForSequenceClassification,
-    RecurrentForTokenClassification,
-    RecurrentModel,
-)
 from hf_packfix.models.upstream import CACHE_NAME, CACHE_NAMES
 
 CELLS = ("rnn", "lstm", "gru")
 
 _VOCABULARY, _PAD, _START, _END = 11, 0, 1, 2
 _AUTO = {
-    RecurrentModel: AutoModel,
-    RecurrentForCausalLM: AutoModelForCausalLM,
-    RecurrentForSequenceClassification: AutoModelForSequenceClassification,
-    RecurrentForTokenClassification: AutoModelForTokenClassification,
-    RecurrentEncoderDecoder: AutoModelForSeq2SeqLM,
+    models.RecurrentModel: transformers.AutoModel,
+    models.RecurrentForCausalLM: transformers.AutoModelForCausalLM,
+    models.RecurrentForSequenceClassification: transformers.AutoModelForSequenceClassification,
+    models.RecurrentForTokenClassification: transformers.AutoModelForTokenClassification,
+    models.RecurrentEncoderDecoder: transformers.AutoModelForSeq2SeqLM,
 }
 
 
@@ -77,18 +61,16 @@ def selftest(cells: Sequence[str] = CELLS) -> dict[str, str]:
     return results
 
 
-def _config(kind: type[Any], cell: str) -> Any:
-    words: dict[str, Any] = {"pad_token_id": _PAD, "eos_token_id": _END}
-    if kind is RecurrentEncoderDecoder:
-        words["bos_token_id"] = _START
-        return RecurrentEncoderDecoderConfig(cell, vocab_size=_VOCABULARY, hidden_size=6, **words)
-    return RecurrentConfig(
-        cell, vocab_size=_VOCABULARY, hidden_size=6, num_hidden_layers=2, num_labels=_VOCABULARY, **words
-    )
-
-
 def _model(kind: type[Any], cell: str) -> Any:
-    model = _AUTO[kind].from_config(_config(kind, cell))
+    words: dict[str, Any] = {"vocab_size": _VOCABULARY, "hidden_size": 6, "pad_token_id": _PAD, "eos_token_id": _END}
+    if kind is models.RecurrentEncoderDecoder:
+        config: Any = models.RecurrentEncoderDecoderConfig(cell, bos_token_id=_START, **words)
+    else:
+        config = models.RecurrentConfig(cell, num_hidden_layers=2, num_labels=_VOCABULARY, **words)
+    return _of_kind(kind, _AUTO[kind].from_config(config))
+
+
+def _of_kind(kind: type[Any], model: Any) -> Any:
     _require(type(model) is kind, f"expected {kind.__name__} from AutoModel, found {type(model).__name__}")
     return model
 
@@ -116,7 +98,7 @@ def _close(found: Tensor, expected: Tensor, what: str) -> None:
 
 def _labels(kind: type[Any], sequences: list[Tensor]) -> tuple[Any, Any]:
     """Return labels for a padded batch, and for the same batch packed."""
-    if kind is RecurrentForSequenceClassification:
+    if kind is models.RecurrentForSequenceClassification:
         labels = torch.tensor([len(ids) % 3 for ids in sequences])
         return labels, labels
     padded = pad_sequence(sequences, batch_first=True, padding_value=-100)
@@ -133,12 +115,11 @@ def save_and_load(cell: str) -> None:
         model = _model(kind, cell).eval()
         with tempfile.TemporaryDirectory() as directory:
             model.save_pretrained(directory)
-            loaded = auto.from_pretrained(directory).eval()
-        _require(type(loaded) is kind, f"expected {kind.__name__} from AutoModel, found {type(loaded).__name__}")
+            loaded = _of_kind(kind, auto.from_pretrained(directory)).eval()
         for name, weight in model.state_dict().items():
             _require(torch.equal(weight, loaded.state_dict()[name]), f"{kind.__name__}: {name} differs after loading")
-        given = {"labels": ids} if kind is RecurrentEncoderDecoder else {}
-        output = "last_hidden_state" if kind is RecurrentModel else "logits"
+        given = {"labels": ids} if kind is models.RecurrentEncoderDecoder else {}
+        output = "last_hidden_state" if kind is models.RecurrentModel else "logits"
         before, after = (found(ids, mask, **given)[output] for found in (model, loaded))
         # Not bit for bit: matrix products differ in their last bits by where in memory the weights lie.
         _close(after, before, f"{kind.__name__}: output after loading")
@@ -149,32 +130,26 @@ def padded_equals_packed(cell: str) -> None:
     sequences = _sequences(3, 5, 1)
     ids, mask = _padded(sequences)
     packed = pack_sequence(sequences, enforce_sorted=False)
-    for kind in _AUTO:
-        if kind is RecurrentModel:
-            continue
+    for kind in _AUTO.keys() - {models.RecurrentModel}:
         model = _model(kind, cell)
         padded_labels, packed_labels = _labels(kind, sequences)
         outputs, gradients = [], []
         for output in (model(ids, mask, labels=padded_labels), model(packed, labels=packed_labels)):
-            model.zero_grad()
-            output.loss.backward()
-            gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
+            gradients.append(torch.autograd.grad(output.loss, list(model.parameters())))
             outputs.append(output)
         _close(outputs[1].loss, outputs[0].loss, f"{kind.__name__}: loss")
-        logits = outputs[1].logits
+        expected, logits = outputs[0].logits, outputs[1].logits
         if isinstance(logits, PackedSequence):
-            real = mask.bool()
-            _close(pad_packed_sequence(logits, batch_first=True)[0][real], outputs[0].logits[real], "logits")
-        else:
-            _close(logits, outputs[0].logits, f"{kind.__name__}: logits")
-        for name, gradient in gradients[0].items():
-            _close(gradients[1][name], gradient, f"{kind.__name__}: gradient of {name}")
+            logits, expected = pad_packed_sequence(logits, batch_first=True)[0][mask.bool()], expected[mask.bool()]
+        _close(logits, expected, f"{kind.__name__}: logits")
+        for (name, _), first, second in zip(model.named_parameters(), *gradients, strict=True):
+            _close(second, first, f"{kind.__name__}: gradient of {name}")
 
 
 def generate(cell: str) -> None:
     """Padded prompts generate what each does alone, by greedy and beam search; sampling returns its rows."""
     prompts = _sequences(4, 1, 3)
-    model = _model(RecurrentForCausalLM, cell).eval()
+    model = _model(models.RecurrentForCausalLM, cell).eval()
     words: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4}
     for beams, left in ((1, True), (3, True), (1, False)):
         ids, mask = _padded(prompts, left=left)
@@ -188,7 +163,7 @@ def generate(cell: str) -> None:
             )
     sampled = model.generate(ids, attention_mask=mask, do_sample=True, num_return_sequences=2, **words)
     _require(sampled.shape == (6, 8), f"expected 6 rows of 8 tokens from sampling, found {list(sampled.shape)}")
-    translator = _model(RecurrentEncoderDecoder, cell).eval()
+    translator = _model(models.RecurrentEncoderDecoder, cell).eval()
     found = translator.generate(ids, attention_mask=mask, do_sample=False, **words)
     recomputed = translator.generate(ids, attention_mask=mask, do_sample=False, use_cache=False, **words)
     _require(found.tolist() == recomputed.tolist(), "the encoder-decoder generates other tokens without its state")
@@ -197,7 +172,7 @@ def generate(cell: str) -> None:
 def continue_from_the_state(cell: str) -> None:
     """Reading a sequence in two parts, with the returned state, equals reading it at once."""
     (ids,) = _sequences(6)
-    model = _model(RecurrentForCausalLM, cell).eval()
+    model = _model(models.RecurrentForCausalLM, cell).eval()
     at_once = model(ids[None]).logits[:, 4:]
     state = model(ids[None, :4], use_cache=True)[CACHE_NAME]
     for name in CACHE_NAMES:
@@ -211,7 +186,7 @@ def trainer_step(cell: str) -> None:
     def padded(batch: list[Any]) -> dict[str, Tensor]:
         sequences = [row["input_ids"] for row in batch]
         ids, mask = _padded(sequences)
-        return {"input_ids": ids, "attention_mask": mask, "labels": _labels(RecurrentForCausalLM, sequences)[0]}
+        return {"input_ids": ids, "attention_mask": mask, "labels": _labels(models.RecurrentForCausalLM, sequences)[0]}
 
     def packed(batch: list[Any]) -> dict[str, PackedSequence]:
         ids = pack_sequence([row["input_ids"] for row in batch], enforce_sorted=False)
@@ -221,10 +196,10 @@ def trainer_step(cell: str) -> None:
     for collate in (padded, packed):
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as directory:
-            arguments = TrainingArguments(
+            arguments = transformers.TrainingArguments(
                 directory, max_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True
             )
-            trainer = Trainer(_model(RecurrentForCausalLM, cell), arguments, collate, rows)
+            trainer = transformers.Trainer(_model(models.RecurrentForCausalLM, cell), arguments, collate, rows)
             losses.append(torch.tensor(trainer.train().training_loss))
     _close(losses[1], losses[0], "training loss")
 

@@ -12,18 +12,9 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pack_padded_sequence
 
 from hf_packfix.packing.jagged import from_jagged, to_jagged
-from hf_packfix.packing.packed import (
-    PackedSequence,
-    batch_size,
-    lengths,
-    move_without_waiting,
-    pad,
-    same_packing,
-    with_data,
-)
+from hf_packfix.packing.packed import PackedSequence, batch_size, move_without_waiting, same_packing, with_data
 
 Steps: TypeAlias = Tensor | PackedSequence
 
@@ -37,8 +28,8 @@ def real_steps(attention_mask: Steps | None, inputs: Steps, *, continues: bool =
     """Return which steps of padded inputs are real: bool ``[B, T]``.
 
     Args:
-        attention_mask: ``[B, T]``, zero at padding; None where there is none. Packed inputs have none, or a
-            packed one, which tells nothing new.
+        attention_mask: ``[B, T]``, zero at padding; None if there is none. Packed inputs have none, or a
+            packed one, which changes nothing.
         inputs: ``[B, T, *]``, or packed.
         continues: whether the inputs continue sequences; the mask may then begin with the steps before.
 
@@ -114,11 +105,9 @@ def align(packed: PackedSequence, like: PackedSequence, name: str) -> PackedSequ
     """
     if same_packing(packed, like):
         return packed
-    expected = lengths(like)
-    if not torch.equal(lengths(packed), expected):
-        raise ValueError(
-            f"{name} must have the lengths of the inputs, {expected.tolist()}, found {lengths(packed).tolist()}"
-        )
-    order = torch.arange(len(expected), device="cpu") if like.sorted_indices is None else like.sorted_indices.cpu()
-    rows = pad(packed)[order.to(packed.data.device)]
-    return with_data(like, pack_padded_sequence(rows, expected[order], batch_first=True).data)
+    values, found = to_jagged(packed)
+    rows = torch.arange(len(like.data), device=like.data.device)
+    places, expected = to_jagged(with_data(like, rows))
+    if not torch.equal(found, expected):
+        raise ValueError(f"{name} must have the lengths of the inputs, {expected.tolist()}, found {found.tolist()}")
+    return with_data(like, torch.empty_like(values).index_copy(0, places.to(values.device), values))

@@ -1,4 +1,4 @@
-"""What a PackedSequence means: one leaf that stands for B sequences. Imports torch alone.
+"""What a PackedSequence means: one leaf that stands for B sequences. Imports only torch.
 
 ``packed.py`` is about one of them, ``jagged.py`` about its values and lengths, ``windows.py`` about windows of its
 steps, ``trees.py`` about those in a nested batch.
@@ -25,12 +25,13 @@ from hf_packfix.packing.trees import (
     is_namedtuple,
     is_packed,
     leaves,
+    map_data,
     map_leaves,
     map_packed,
-    map_values,
     merge_packed,
     named_items,
     packed_in,
     rebuild,
     rows_of_keys,
 )
+from hf_packfix.packing.windows import Window, windows

@@ -52,7 +52,7 @@ def from_jagged(values: Tensor, lengths: Tensor, *, keep_order: bool = False) ->
     Args:
         values: ``[N, *]``, the sequences one after the other.
         lengths: int64 ``[B]`` on the CPU, summing to N, each at least 1.
-        keep_order: where the lengths do not increase, leave both index tensors ``None``, as
+        keep_order: if the lengths do not increase, leave both index tensors ``None``, as
             ``enforce_sorted=True`` does.
 
     Raises:
@@ -144,9 +144,7 @@ def concatenate(pieces: Sequence[PackedSequence]) -> PackedSequence:
                 f"{steps[0]}, those of number {number} have {shape}"
             )
     return from_jagged(
-        torch.cat(all_values),
-        torch.cat(all_lengths),
-        keep_order=all(piece.sorted_indices is None for piece in pieces),
+        torch.cat(all_values), torch.cat(all_lengths), keep_order=all(piece.sorted_indices is None for piece in pieces)
     )
 
 

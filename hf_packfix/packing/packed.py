@@ -114,8 +114,10 @@ def pad(
         return padded
     # Written by index rather than with `pad_packed_sequence`: it keeps every dtype, bool included, goes
     # through autograd, and takes the same path for a `total_length`.
-    rows, steps_of = _positions(packed)
-    places = tuple(move_without_waiting(index, packed.data.device) for index in (rows, steps_of))
+    step, rows = group_and_place(packed.batch_sizes)
+    if packed.sorted_indices is not None:
+        rows = packed.sorted_indices.cpu()[rows]
+    places = tuple(move_without_waiting(index, packed.data.device) for index in (rows, step))
     return padded.index_put_(places, packed.data)
 
 
@@ -156,7 +158,7 @@ def pad_left(packed: PackedSequence, padding_value: float = 0.0) -> Tensor:
     padded = pad(packed, padding_value)
     width = padded.shape[1]
     shift = (width - lengths(packed)).to(padded.device)
-    # Step t of the result is step t - shift of the sequence; where that is negative, a step of the padding.
+    # Step t of the result is step t - shift of the sequence; if that is negative, a step of the padding.
     source = (torch.arange(width, device=padded.device) - shift[:, None]) % width
     rows = torch.arange(len(padded), device=padded.device)[:, None]
     return padded[rows, source]
@@ -250,14 +252,14 @@ def same_packing(first: PackedSequence, second: PackedSequence) -> bool:
 
 
 def check(packed: PackedSequence, *, wait: bool = True) -> None:
-    """Raise where the fields contradict each other, before they turn into wrong numbers.
+    """Raise if the fields contradict each other, before they turn into wrong numbers.
 
-    torch's own constructor and its recurrent layers look at none of this: they leave out the last rows of ``data``
-    where ``batch_sizes`` do not reach them, and give a row the state of another one.
+    torch's own constructor and its recurrent layers check none of this: they leave out the last rows of ``data`` if
+    ``batch_sizes`` do not reach them, and give a row the state of another one.
 
     Args:
         packed: the sequences.
-        wait: look at index tensors that are not on the CPU, too, which waits for their device.
+        wait: also check index tensors that are not on the CPU, which waits for their device.
 
     Raises:
         TypeError: ``packed`` is not a PackedSequence.
@@ -338,17 +340,11 @@ def lengths_by_rank(batch_sizes: Tensor) -> Tensor:
     return batch_sizes.numel() - torch.searchsorted(batch_sizes.flip(0), ranks, right=True)
 
 
-def _positions(packed: PackedSequence) -> tuple[Tensor, Tensor]:
-    """Return for every row of ``data`` its sequence in original order and its step: int64 ``[N]``, CPU."""
-    step, rank = group_and_place(packed.batch_sizes)
-    return (rank if packed.sorted_indices is None else packed.sorted_indices.cpu()[rank]), step
-
-
 def group_and_place(sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Return for groups of these sizes, one after the other, every element's group and its place there.
 
     Of ``batch_sizes`` these are the steps and the ranks of the rows of ``data``, of lengths the sequences and the
-    steps. No mask ``[T, B]`` is built, of which few places are real where lengths have a long tail.
+    steps. No mask ``[T, B]`` is built: if lengths have a long tail, few of its places would be real.
     """
     group = torch.repeat_interleave(sizes)
     starts = sizes.cumsum(0) - sizes

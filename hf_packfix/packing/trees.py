@@ -6,6 +6,7 @@ leaf: nothing here looks into its fields. :func:`contains` and :func:`map_leaves
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -110,15 +111,21 @@ def merge_packed(function: Callable[[PackedSequence, Any], Any], tree: Any, othe
     return map_leaves(lambda leaf, value: function(leaf, value) if is_packed(leaf) else value, tree, other)
 
 
-def map_values(function: Callable[[list[Any]], list[Any]], tree: Any) -> Any:
-    """Return ``tree`` with other leaves, and other ``data`` in every PackedSequence.
+def map_data(function: Callable[[Any], Any], batch: Any, tree: Any) -> Any:
+    """Return ``tree``, the ``data`` of a batch, with other leaves, and other ``data`` in every PackedSequence.
 
     Args:
-        function: gets all leaves, the ``data`` in the place of a PackedSequence, and returns as many.
-        tree: a nested batch.
+        function: gets a copy of the batch with a flat ``data``, which has the ``data`` in the place of a
+            PackedSequence, and returns it changed; what it leaves out stays as it is.
+        batch: an object that holds a nested batch as its ``data``.
+        tree: this nested batch.
     """
-    changed = iter(function([leaf.data if is_packed(leaf) else leaf for leaf in leaves(tree)]))
-    return map_leaves(lambda leaf: with_data(leaf, next(changed)) if is_packed(leaf) else next(changed), tree)
+    flat = copy.copy(batch)
+    values = [leaf.data if is_packed(leaf) else leaf for leaf in leaves(tree)]
+    flat.data = {str(place): value for place, value in enumerate(values)}
+    changed = function(flat).data
+    new = iter([changed.get(str(place), value) for place, value in enumerate(values)])
+    return map_leaves(lambda leaf: with_data(leaf, next(new)) if is_packed(leaf) else next(new), tree)
 
 
 def check_batch(batch: Any) -> bool:

@@ -18,7 +18,7 @@ from hf_packfix.engine.targets import Function
 )
 def gather_for_metrics(original: Function, self: Any, input_data: Any, *args: Any, **kwargs: Any) -> Any:
     """Gather ``[B, T, *]``, padded with -100, and cut the last batch by sequence."""
-    # Imported here, as everywhere, for the function that the module has now: it is patched, too.
+    # Imported here, as everywhere, for the function that the module has now: it is patched as well.
     from accelerate.utils.operations import pad_across_processes
 
     padded = packing.map_packed(lambda packed: pad_across_processes(packed, dim=1, pad_index=-100), input_data)

@@ -1,6 +1,6 @@
 """``accelerate.utils.operations``: what is done to a batch between processes, and before it is gathered.
 
-The data loader of an ``IterableDataset`` runs most of these, in a single process too: process 0 concatenates batches,
+The data loader of an ``IterableDataset`` runs most of these, even in a single process: process 0 concatenates batches,
 describes the result, broadcasts it, and every process slices its part out of it.
 
 Functions that communicate (``broadcast``, ``pad_across_processes``, ``gather``) have no ``upstream_supports``: calling
@@ -176,17 +176,15 @@ def get_data_structure(original: Function, packed: PackedSequence) -> PackedInfo
 )
 def initialize_tensors(original: Function, data_structure: Any) -> Any:
     """Make a PackedSequence of the right sizes on the CPU, to be filled by ``broadcast``."""
-    return packing.map_leaves(
-        lambda leaf: _new_packed(leaf) if _is_information(leaf) else leaf, original(data_structure)
-    )
 
+    def packed_of(leaf: Any) -> Any:
+        if not _is_information(leaf):
+            return leaf
+        data = torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
+        indices = None if leaf.is_sorted else torch.arange(leaf.sequences, device="cpu")
+        return packing.PackedSequence(data, torch.ones(leaf.steps, dtype=torch.int64, device="cpu"), indices)
 
-def _new_packed(information: PackedInformation) -> PackedSequence:
-    return packing.PackedSequence(
-        torch.empty(information.shape, dtype=information.dtype, device="cpu"),
-        torch.ones(information.steps, dtype=torch.int64, device="cpu"),
-        None if information.is_sorted else torch.arange(information.sequences, device="cpu"),
-    )
+    return packing.map_leaves(packed_of, original(data_structure))
 
 
 @around(
@@ -259,7 +257,7 @@ def gather(original: Function, tensor: Any) -> Any:
 
     Bytes padded with -100, which are int16, are sent as int32: neither gloo nor nccl sends int16.
     """
-    # Imported here, as everywhere, for the function that the module has now: it is patched, too.
+    # Imported here, as everywhere, for the function that the module has now: it is patched as well.
     from accelerate.utils.operations import pad_across_processes
 
     padded = packing.map_packed(lambda packed: pad_across_processes(packed, dim=1, pad_index=-100), tensor)

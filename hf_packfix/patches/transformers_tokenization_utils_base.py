@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from hf_packfix.engine import probe
@@ -31,12 +30,5 @@ def _moves(original: Function) -> bool:
 )
 def to(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Move ``data`` as the original does a tensor; keep what it drops, and rebuild other named tuples."""
-
-    def move(values: list[Any]) -> list[Any]:
-        flat = copy.copy(self)
-        flat.data = {str(place): value for place, value in enumerate(values)}
-        moved = original(flat, *args, **kwargs).data
-        return [moved.get(str(place), value) for place, value in enumerate(values)]
-
-    self.data = packing.map_values(move, self.data)
+    self.data = packing.map_data(lambda flat: original(flat, *args, **kwargs), self, self.data)
     return self

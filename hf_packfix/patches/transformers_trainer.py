@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -96,8 +96,9 @@ def _prepare_input(original: Function, patch: Patch) -> Function:
         return original(trainer, data)
 
     def prepare_dataclass(trainer: Any, data: Any) -> Any:
-        # A `ModelOutput` is a mapping, which the original rebuilds. Others it returns as they are.
-        held = {} if isinstance(data, Mapping) else _fields_of(data)
+        # A `ModelOutput` is a mapping, which the original rebuilds. Others, and classes, it returns as they are.
+        fields = () if isinstance(data, (Mapping, type)) else dataclasses.fields(data)
+        held = {field.name: getattr(data, field.name) for field in fields if hasattr(data, field.name)}
         if not packing.contains(held):
             return original(trainer, data)
         moved = copy.copy(data)
@@ -121,13 +122,6 @@ def _prepare_input(original: Function, patch: Patch) -> Function:
         return with_data(packed, tensor if tensor.device == device else tensor.to(device))
 
     return _prepare_input
-
-
-def _fields_of(data: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that have a value."""
-    if isinstance(data, type):  # the class itself
-        return {}
-    return {field.name: getattr(data, field.name) for field in dataclasses.fields(data) if hasattr(data, field.name)}
 
 
 # --- counting what a batch holds -------------------------------------------------------------------------
@@ -333,13 +327,10 @@ def compute_loss(original: Function, self: Any, model: Any, inputs: Any, *args: 
 def _without_need_of_labels(trainer: Any, inputs: Any) -> Any:
     """Return a batch for a Trainer that keeps the labels from the model and computes the loss itself."""
     # Only for models with `labels_in_loss`: what upstream does for others stays as it is.
-    declared = getattr(trainer.model, "labels_in_loss", None)
-    if declared is None or not isinstance(inputs, Mapping) or inputs.get("labels") is None:
+    labels_in_loss = getattr(trainer.model, "labels_in_loss", None)
+    if labels_in_loss is None or not isinstance(inputs, Mapping) or inputs.get("labels") is None:
         return inputs
-    changed = {}
-    labels_in_loss = _labels_in_loss(trainer)
-    if labels_in_loss is not None:
-        changed["labels"] = labels_in_loss(inputs)
+    changed = {} if trainer.compute_loss_func is not None else {"labels": labels_in_loss(inputs)}
     prepare = getattr(trainer.model, "prepare_decoder_input_ids_from_labels", None)
     if prepare is not None and inputs.get("decoder_input_ids") is None:
         changed["decoder_input_ids"] = prepare(labels=inputs["labels"])
@@ -390,13 +381,12 @@ def _with_first_column(labels: PackedSequence) -> torch.Tensor:
     The original counts in ``[..., 1:]`` if the loss shifts labels, and in all columns if it does not.
     """
     data = _countable(labels.data)
-    rows = len(data)
-    if data.dim() != 1 or not rows:
+    if data.dim() != 1 or not len(data):
         return packing.pad(labels, -100, promote=True)
     # Not padded by sequence: the B first steps stand before all others in `data`. So they are the first column of
     # [B, N / B, rounded up].
     sequences = int(labels.batch_sizes[0])
-    return torch.nn.functional.pad(data, (0, -rows % sequences), value=-100).view(-1, sequences).T
+    return torch.nn.functional.pad(data, (0, -len(data) % sequences), value=-100).view(-1, sequences).T
 
 
 # --- checking a batch in evaluation ----------------------------------------------------------------------
@@ -551,7 +541,10 @@ def _targets(trainer: Any, inputs: Mapping[str, Any]) -> tuple[list[str], bool]:
     ``compute_loss`` takes out before; keys of parameters that ``forward`` can do without, and what is left beside the
     main input.
     """
-    parameters = _parameters(trainer.model)
+    parameters: Mapping[str, inspect.Parameter] = {}
+    with suppress(AttributeError, TypeError, ValueError):
+        model = trainer.model
+        parameters = inspect.signature(model.forward).parameters
     main = _main_input_name(trainer)
     if main not in inputs:
         main = next((name for name in [*parameters, *inputs] if name in inputs), main)
@@ -560,21 +553,12 @@ def _targets(trainer: Any, inputs: Mapping[str, Any]) -> tuple[list[str], bool]:
     if named:
         return named, True
     keys = [key for key in keys if not key.endswith(_INPUTS)]
-    takes_any = not parameters or any(
-        parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
-    )
-    unknown = [] if takes_any else [key for key in keys if key not in parameters]
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    unknown = [] if takes_any or not parameters else [key for key in keys if key not in parameters]
     if unknown:
         return unknown, len(unknown) == 1
     optional = [key for key in keys if key in parameters and parameters[key].default is None]
     return (optional, len(optional) == 1) if optional else (keys, False)
-
-
-def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
-    try:
-        return inspect.signature(model.forward).parameters
-    except (AttributeError, TypeError, ValueError):
-        return {}
 
 
 # --- grouping rows by length -----------------------------------------------------------------------------

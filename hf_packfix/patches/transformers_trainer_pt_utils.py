@@ -198,10 +198,11 @@ def add(original: Function, self: Any, tensors: Any) -> None:
         self.do_nested_concat = False
         self.tensors = None if self.tensors is None else [self.tensors]
         self.arrays = None if self.arrays is None else [self.arrays]
-        self._hf_packfix_check = evaluation.SameShapes(self.tensors or self.arrays or [])
         self.get_arrays = partial(_joined_arrays, self)
-    if "_hf_packfix_check" in vars(self):
-        self._hf_packfix_check(tensors)
+    if "get_arrays" in vars(self):
+        kept = [batches for batches in (self.arrays, self.tensors) if batches]
+        if kept:
+            evaluation.check_same_shapes(kept[0][0], tensors, number=sum(map(len, kept)))
         # A view would keep all of its memory, and a model may use the memory of its outputs again.
         tensors = packing.map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, tensors)
     original(self, tensors)
@@ -209,7 +210,7 @@ def add(original: Function, self: Any, tensors: Any) -> None:
 
 def _joined_arrays(container: Any) -> Any:
     """Return what the container's ``get_arrays`` returns if it concatenates batches."""
-    del container.get_arrays, container._hf_packfix_check
+    del container.get_arrays
     container.get_arrays()  # makes arrays of what is on the device
     container.do_nested_concat = True
     if container.arrays is not None:

@@ -41,7 +41,7 @@ def start() -> None:
     """Do what ``HF_PACKFIX`` asks for; harmless when called again, as virtual environments do. Never raises."""
     global _started
     try:
-        # Isolated mode (-I, -E): the environment is not to be looked at. The `.start` file cannot say so.
+        # Isolated mode (-I, -E): the environment must not be read. The `.start` file cannot check this.
         asks = "" if sys.flags.ignore_environment else parse(os.environ.get(VARIABLE))
         if asks in ("", "off"):
             sys.modules.pop(__name__, None)
@@ -65,7 +65,7 @@ class _WaitForTransformers:
     """
 
     def __init__(self) -> None:
-        self._searching: set[int] = set()  # threads that ask the other finders
+        self._searching: set[int] = set()  # threads that are in a call of the other finders
 
     def find_spec(self, fullname: str, path: "Any" = None, target: "Any" = None) -> "Any":
         thread = get_ident()
@@ -98,7 +98,7 @@ class _Loader:
 
     @classmethod
     def around(cls, spec: "Any", finder: _WaitForTransformers) -> None:
-        """Put one in the place of a spec's loader, where there is a loader and it can be replaced."""
+        """Put one in the place of a spec's loader, if there is a loader and it can be replaced."""
         # A folder without an `__init__.py` has no loader yet.
         if getattr(spec, "loader", None) is not None:
             try:  # noqa: SIM105 (contextlib is not loaded at the start of an interpreter)
@@ -136,24 +136,21 @@ class _Loader:
                     pass  # a module of a kind of its own
 
     def _activate_once(self) -> None:
-        if self._finder in sys.meta_path:
-            sys.meta_path.remove(self._finder)
-            # Imported, or being imported, by the program itself.
-            if "hf_packfix" not in sys.modules:
-                _activate()
-
-
-def _activate() -> None:
-    global activating
-    activating = True
-    try:
-        # By name: a folder that an uninstallation left behind can be imported, and does nothing.
-        from hf_packfix import __version__  # noqa: F401
-    # Whatever is wrong with us, the program that imports transformers must not notice.
-    except (Exception, SystemExit) as error:
-        _say(f"not activated: {type(error).__name__}: {error}")
-    finally:
-        activating = False
+        global activating
+        if self._finder not in sys.meta_path:
+            return
+        sys.meta_path.remove(self._finder)
+        if "hf_packfix" in sys.modules:  # imported, or being imported, by the program itself
+            return
+        activating = True
+        try:
+            # By name: a folder that an uninstallation left behind can be imported, and does nothing.
+            from hf_packfix import __version__  # noqa: F401
+        # Whatever is wrong with us, the program that imports transformers must not notice.
+        except (Exception, SystemExit) as error:
+            _say(f"not activated: {type(error).__name__}: {error}")
+        finally:
+            activating = False
 
 
 def _say(message: str) -> None:

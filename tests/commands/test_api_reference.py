@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 
-from hf_packfix.commands.api_reference import MODULES, reference
+from hf_packfix.commands.pages import MODULES, reference
 from hf_packfix.models import RecurrentConfig
 
 PAGE = reference()

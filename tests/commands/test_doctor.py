@@ -16,8 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from transformers import Trainer, TrainingArguments
 
 from hf_packfix.commands.doctor import examine
-from hf_packfix.commands.trainers import handled_apart
-from hf_packfix.commands.trial import try_trainer
+from hf_packfix.commands.trainers import handled_apart, try_trainer
 from hf_packfix.models import modeling_recurrent as modeling
 from hf_packfix.models.selftest import CHECKS
 from hf_packfix.patches import FAST_RNN, PATCHES

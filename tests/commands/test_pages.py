@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from hf_packfix.commands import api_reference
-from hf_packfix.engine.first_use import FIRST_USE
-from hf_packfix.patches import FAST_RNN, PATCHES
+from hf_packfix.commands.pages import TITLE, reference
+from hf_packfix.patches import FAST_RNN, FIRST_USE, PATCHES
 from tests.support.interpreters import environment
 
 DOCS = Path(__file__).parents[2] / "hf_packfix/docs"
 TITLES = {path.stem: path.read_text(encoding="utf-8").splitlines()[0] for path in DOCS.glob("*.md")}
-PAGES = dict(sorted({**TITLES, "api": f"# {api_reference.TITLE}", "patches": "# Every patch"}.items()))
+PAGES = dict(sorted({**TITLES, "api": f"# {TITLE}", "patches": "# Every patch"}.items()))
 COMMAND = [sys.executable, "-m", "hf_packfix", "docs"]
 
 
@@ -41,7 +40,7 @@ def test_a_page_is_printed_as_it_is(name):
 def test_the_api_is_made_from_the_docstrings():
     result = docs("api")
     assert result.returncode == 0
-    assert result.stdout.decode() == api_reference.reference()
+    assert result.stdout.decode() == reference()
 
 
 def test_the_table_of_patches_is_what_they_declare():

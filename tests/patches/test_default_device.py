@@ -39,7 +39,7 @@ from tests.support.reports import Stream, assert_evaluation_equals_padded, asser
 
 PACKAGE = Path(hf_packfix.__file__).parent
 #: Programs of their own, whose tensors are on the default device as a user's are.
-PROGRAMS = {"demo", "selftest.py", "trial.py"}
+PROGRAMS = {"demo.py", "selftest.py", "trainers.py"}
 
 
 class NoDefaultDevice(TorchFunctionMode):

@@ -42,6 +42,10 @@ def test_a_frozen_program(tmp_path, hook):
     made = environment.run("-m", "PyInstaller", *exclude, str(program), cwd=tmp_path, timeout=500)
     assert made.returncode == 0, made.stderr
     done = subprocess.run([tmp_path / "dist/program/program"], capture_output=True, text=True, check=False)
+    if not hook:
+        assert "hf_packfix needs accelerate >= 0.28, but accelerate is not installed" in done.stderr
+        return
     assert done.returncode == 0, done.stderr
     assert f"transformers {NEWEST_TESTED['transformers']}, accelerate {NEWEST_TESTED['accelerate']}" in done.stdout
-    assert ("'hf-packfix', 'transformers']" in done.stdout) == hook, done.stdout
+    assert "pending        transformers.trainer:Trainer._prepare_input\n" in done.stdout
+    assert "'hf-packfix', 'transformers']" in done.stdout

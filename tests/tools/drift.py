@@ -66,8 +66,7 @@ def state_here(patch: Patch) -> str:
 
 def check(wheel: Path, distribution: str, version: Version) -> list[Finding]:
     """Return a finding for each patch of a distribution."""
-    from hf_packfix.engine.first_use import FIRST_USE
-    from hf_packfix.patches import FAST_RNN, PATCHES
+    from hf_packfix.patches import FAST_RNN, FIRST_USE, PATCHES
 
     findings = []
     _trees.clear()

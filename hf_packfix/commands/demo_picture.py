@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_packfix.commands.demo.training import Run
+if TYPE_CHECKING:
+    from hf_packfix.commands.demo import Run
 
 TITLE: dict[str, Any] = {"fontsize": 12, "fontweight": "bold"}
 PADDED, PADDING, PACKED = "#d95f02", "#f7c9a3", "#1f5fa8"
