@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.interpreters import interpret
+from tests.support.interpreters import execute
 
 pytestmark = pytest.mark.slow  # starts many processes
 
@@ -51,7 +51,7 @@ ALL = ", ".join(["'torch'", "'accelerate'", "'transformers'"])
 
 
 def run(code: str) -> None:
-    interpret("-c", FINDER + TRAIN + code)
+    execute(FINDER + TRAIN + code)
 
 
 @pytest.mark.parametrize("packages", PACKAGES)

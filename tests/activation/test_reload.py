@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.support.interpreters import ROOT, run
+from tests.support.interpreters import ROOT, train
 
 pytestmark = pytest.mark.slow  # starts many processes
 
@@ -34,7 +34,7 @@ def packs_train(cls):
 
 
 def test_a_reloaded_trainer():
-    run(
+    train(
         RELOADS
         + """
 old = transformers.trainer.Trainer
@@ -76,7 +76,7 @@ assert packs_train(Subclass)
 
 def test_a_reloaded_module_of_functions():
     # `transformers.trainer` keeps the functions of before, which it imported by name.
-    run(
+    train(
         RELOADS
         + """
 from transformers import trainer, trainer_pt_utils as pt_utils
@@ -125,7 +125,7 @@ def check_stock():
 
 
 def test_the_package_imported_again():
-    run(
+    train(
         SECOND
         + """
 for name in [name for name in sys.modules if name.split(".")[0] == "hf_packfix"]:
@@ -163,7 +163,7 @@ def renamed(tmp_path):
 
 
 def test_a_copy_under_another_name(renamed):
-    run(
+    train(
         SECOND.replace('"hf_packfix" in', '"packfix" in')
         + f"""
 sys.path.insert(0, {str(renamed)!r})
@@ -190,37 +190,5 @@ second.disable()
 assert not first.is_enabled()
 assert not second.is_enabled()
 check_stock()
-"""
-    )
-
-
-def test_what_handles_packed_sequences_for_us_and_goes_away():
-    # Somebody's own fix makes a patch unnecessary; when it is gone, the status says so, and enabling repairs it.
-    run(
-        RELOADS
-        + """
-from torch.nn.utils.rnn import PackedSequence
-hf_packfix.disable()
-original = vars(Trainer)["_prepare_input"]
-def mixin(self, data):
-    if isinstance(data, PackedSequence):
-        device = self.args.device
-        return PackedSequence._make(f if f is None or i == 1 else f.to(device) for i, f in enumerate(data))
-    return original(self, data)
-Trainer._prepare_input = mixin
-hf_packfix.enable()
-def state():
-    return {p.target: p.state for p in hf_packfix.status().patches}["transformers.trainer:Trainer._prepare_input"]
-assert state() == "not-needed"
-assert hf_packfix.is_enabled()
-Trainer._prepare_input = lambda self, data: mixin(self, data)  # another one that does
-assert hf_packfix.is_enabled()
-Trainer._prepare_input = original
-assert not hf_packfix.is_enabled()
-assert state() == "refused"
-hf_packfix.enable()
-assert hf_packfix.is_enabled()
-assert state() == "applied"
-assert packs_train(Trainer)
 """
     )

@@ -13,7 +13,7 @@ from transformers import BatchEncoding
 from hf_packfix import DataCollatorForPackedSequence
 from hf_packfix.models import RecurrentConfig, RecurrentForTokenClassification
 from tests.support.oracle import assert_same_run, packed_batch, rows, train
-from tests.support.same import assert_same_packed
+from tests.support.packed_sequences import assert_same_packed
 
 collate = DataCollatorForPackedSequence()
 

@@ -23,7 +23,7 @@ from tests.support.oracle import (
     stock,
     train,
 )
-from tests.support.same import assert_same_packed
+from tests.support.packed_sequences import assert_same_packed
 
 collate = DataCollatorForPackedSequence()
 
@@ -84,7 +84,10 @@ def test_packed_rows_train_like_the_padded_ones(tmp_path):
 
 def test_refusals_of_packed_rows():
     packed = pack_sequence([torch.ones(3), torch.ones(2)])
+    # All four fields have one shape, and would pass for four numbers.
+    one_step = pack_sequence([torch.tensor([5])], enforce_sorted=False)
     for features, message in (
+        ([{"x": [1, 2]}, {"x": one_step}], "'x' of row 0 is not a PackedSequence, but that of another row is"),
         ([{"x": packed}, {"x": [1.0]}], "'x' of row 1 is not a PackedSequence, but that of another row is"),
         (
             [{"x": packed}, {"x": packed._replace(data=torch.ones(4))}],

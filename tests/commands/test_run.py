@@ -340,4 +340,5 @@ def test_help(environment):
     assert "even if HF_PACKFIX=0 is set" in " ".join(result.stdout.split())
     assert "  -m MODULE" in result.stdout
     assert "run a script, a module or code" in environment.run("-m", "hf_packfix", "--help").stdout
+    assert "invalid choice: 'walk'" in environment.run("-m", "hf_packfix", "walk").stderr
     assert environment.run("-m", "hf_packfix", "-V").stdout.startswith("hf-packfix ")

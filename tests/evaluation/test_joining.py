@@ -16,8 +16,7 @@ from transformers.trainer_pt_utils import EvalLoopContainer
 from hf_packfix import evaluation, pad, with_data
 from hf_packfix.patches import accelerate_utils_operations
 from tests.support.oracle import PlainTagger, Tagger, new_trainer, packed_batch, padded_batch, rows, stock
-from tests.support.reports import assert_same_report, assert_same_tree, report
-from tests.support.warned import messages
+from tests.support.reports import assert_same_report, assert_same_tree, messages, report
 
 LENGTHS = [[3, 1], [1, 1, 1], [2, 7], [7], [4, 6, 5]]
 

@@ -28,7 +28,7 @@ from hf_packfix.models import (
     RecurrentForTokenClassification,
     RecurrentModel,
 )
-from tests.support.layouts import LAYOUTS, arrange, run, sequences_of
+from tests.support.layouts import CLOSE, LAYOUTS, arrange, assert_same_step, run, sequences_of
 from tests.support.oracle import (
     arguments,
     assert_same_run,
@@ -45,7 +45,6 @@ from tests.support.oracle import (
 V, H, C = 13, 6, 3
 CELLS = ["rnn", "lstm", "gru"]
 SHAPES = [(1, False), (2, False), (1, True), (2, True)]
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def build(kind, cell="gru", layers=1, bidirectional=False, **changes):
@@ -58,18 +57,6 @@ def build(kind, cell="gru", layers=1, bidirectional=False, **changes):
 def tokens(lengths=(3, 7, 1, 7, 4), seed=0, high=V):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(high, (n,), generator=generator) for n in lengths]
-
-
-def gradients(model):
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def assert_same_gradients(found, expected):
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, msg=lambda m, n=name: f"{n}: {m}", **CLOSE)
 
 
 # --- the same in every layout ---------------------------------------------------------------------------
@@ -108,15 +95,8 @@ def test_token_classification(cell, layers, bidirectional, layout):
     inputs, mask = arrange(layout, ids)
     # Labels at padding must not count, whatever they are.
     output = model(inputs, mask, labels=arrange(layout, labels, fill=1)[0])
-    output.loss.backward()
-    found = gradients(model)
     logits = [model.classifier(run(model.recurrent.rnn, model.recurrent.embeddings.weight[row])[0]) for row in ids]
-    loss = cross_entropy(torch.cat(logits), torch.cat(labels))
-    loss.backward()
-    for mine, expected in zip(sequences_of(output.logits, mask), logits, strict=True):
-        torch.testing.assert_close(mine, expected, **CLOSE)
-    torch.testing.assert_close(output.loss, loss, **CLOSE)
-    assert_same_gradients(found, gradients(model))
+    assert_same_step(model, output, mask, logits, cross_entropy(torch.cat(logits), torch.cat(labels)))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -131,19 +111,11 @@ def test_causal_language_modeling(cell, layers, layout, items):
     inputs, mask = arrange(layout, ids)
     padded_labels = arrange(layout, labels, fill=2)[0]
     output = model(inputs, mask, labels=padded_labels, num_items_in_batch=items)
-    output.loss.backward()
-    found = gradients(model)
     logits = [model.lm_head(run(model.recurrent.rnn, model.recurrent.embeddings.weight[row])[0]) for row in ids]
     predictions, targets = torch.cat([x[:-1] for x in logits]), torch.cat([x[1:] for x in labels])
-    if items is None:
-        loss = cross_entropy(predictions, targets)
-    else:
-        loss = cross_entropy(predictions, targets, reduction="sum") / items
-    loss.backward()
-    for mine, expected in zip(sequences_of(output.logits, mask), logits, strict=True):
-        torch.testing.assert_close(mine, expected, **CLOSE)
-    torch.testing.assert_close(output.loss, loss, **CLOSE)
-    assert_same_gradients(found, gradients(model))
+    count = items or targets.ne(-100).sum()
+    loss = cross_entropy(predictions, targets, reduction="sum") / count
+    assert_same_step(model, output, mask, logits, loss)
 
 
 PROBLEMS = {
@@ -167,16 +139,10 @@ def test_sequence_classification(cell, layers, bidirectional, layout, problem):
     ids = tokens()
     inputs, mask = arrange(layout, ids)
     output = model(inputs, mask, labels=labels)
-    output.loss.backward()
-    found = gradients(model)
     finals = [run(model.recurrent.rnn, model.recurrent.embeddings.weight[row])[1] for row in ids]
     last = torch.stack([x[-2:].flatten() if bidirectional else x[-1] for x in finals])
     logits = model.classifier(last)
-    loss = criterion(logits, labels)
-    loss.backward()
-    torch.testing.assert_close(output.logits, logits, **CLOSE)
-    torch.testing.assert_close(output.loss, loss, **CLOSE)
-    assert_same_gradients(found, gradients(model))
+    assert_same_step(model, output, mask, [*logits], criterion(logits, labels))
     assert model.config.problem_type == problem
 
 
@@ -486,30 +452,6 @@ def test_a_plain_tuple_on_request():
     assert torch.equal(found[1], expected.logits)
 
 
-def test_text_classification_pipeline(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    from transformers import PreTrainedTokenizerFast, pipeline
-
-    words = ["[PAD]", "[UNK]", "the", "film", "was", "good", "bad", "and", "very", "long"]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
-    model = build(RecurrentForSequenceClassification, vocab_size=len(words), num_labels=2, pad_token_id=0).eval()
-    model.save_pretrained(tmp_path)
-    texts = ["the film was good", "bad", "the film was very very long and bad"]
-    for side in ("left", "right"):
-        classify = pipeline("text-classification", model=str(tmp_path), tokenizer=tokenizer, batch_size=3, top_k=None)
-        classify.tokenizer.padding_side = side
-        for text, found in zip(texts, classify(texts), strict=True):
-            ids = torch.tensor([words.index(word) for word in text.split()])
-            final = run(model.recurrent.rnn, model.recurrent.embeddings.weight[ids])[1][-1]
-            expected = model.classifier(final).softmax(-1)
-            scores = {entry["label"]: entry["score"] for entry in found}
-            assert [scores["LABEL_0"], scores["LABEL_1"]] == pytest.approx(expected.tolist(), abs=1e-5)
-
-
 # --- in the Trainer -------------------------------------------------------------------------------------
 
 
@@ -542,29 +484,6 @@ def test_packed_training_equals_padded_training(tmp_path, kind, labels, accumula
 class InOrder(Trainer):
     def _get_train_sampler(self, *args):
         return SequentialSampler(self.train_dataset)
-
-
-@pytest.mark.parametrize("collate", [packed_batch, padded_batch])
-def test_accumulated_steps_equal_one_large_batch(tmp_path, collate):
-    # Sequences of very different lengths: only a loss divided by the number of predicted tokens of the whole
-    # step comes out the same however the step is cut into batches.
-    data = [{"input_ids": row, "labels": row} for row in tokens((1, 9, 2, 7, 3, 12, 1, 4))]
-    options = {"num_train_epochs": 1, "learning_rate": 0.01, "trainer": InOrder}
-    large = train(tmp_path, build(RecurrentForCausalLM), data, collate, per_device_train_batch_size=4, **options)
-    small = train(
-        tmp_path,
-        build(RecurrentForCausalLM),
-        data,
-        collate,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        **options,
-    )
-    assert_same_run(small, large)
-    model = build(RecurrentForCausalLM)
-    logits = [model(row["input_ids"][None]).logits[0, :-1] for row in data[:4]]
-    expected = cross_entropy(torch.cat(logits), torch.cat([row["labels"][1:] for row in data[:4]]))
-    assert small.losses[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
 # Sequences of very different lengths, some of which have nothing to predict.

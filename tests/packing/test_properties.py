@@ -319,18 +319,6 @@ def test_stock_silently_ruins_a_named_tuple_with_defaults():
     assert bare_trainer()._prepare_input(value) == value
 
 
-def test_a_subclass_that_handles_tensors_handles_the_fields_of_named_tuples():
-    from transformers import Trainer
-
-    class Doubling(Trainer):
-        def _prepare_input(self, data):
-            return super()._prepare_input(data * 2 if isinstance(data, torch.Tensor) else data)
-
-    moved = bare_trainer(cls=Doubling)._prepare_input({"x": Pair(torch.ones(2), 3)})["x"]
-    assert moved.first.tolist() == [2, 2]
-    assert moved.second == 3
-
-
 def test_named_tuples_of_two_kinds_are_not_concatenated():
     with pytest.raises(AssertionError, match="same type"):
         nested_concat(Pair(torch.ones(1), torch.ones(1)), (torch.ones(1), torch.ones(1)))

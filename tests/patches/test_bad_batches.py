@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from transformers.trainer_pt_utils import (
     EvalLoopContainer,
-    LabelSmoother,
     find_batch_size,
     nested_concat,
     nested_numpify,
@@ -29,7 +28,6 @@ from transformers.trainer_pt_utils import (
 from transformers.trainer_utils import EvalPrediction
 
 import hf_packfix
-from hf_packfix import DataCollatorForPackedSequence
 from hf_packfix.packing import jagged, packed, trees
 from tests.support.oracle import (
     Classifier,
@@ -375,18 +373,6 @@ def test_logits_and_labels_in_different_orders(tmp_path):
     np.testing.assert_allclose(given["packed"].predictions, given["padded"].predictions, rtol=1e-4, atol=1e-5)
 
 
-def test_label_smoothing_refuses_labels_of_other_lengths_or_torn_ones():
-    logits = pack_sequence([torch.ones(n, 4) for n in (1, 3)], enforce_sorted=False)
-    smoother = LabelSmoother(0.1)
-    longer = pack_sequence([torch.ones(n).long() for n in (2, 3)], enforce_sorted=False)
-    with pytest.raises(ValueError, match=r"lengths \[1, 3\], the packed labels \[2, 3\]"):
-        smoother({"logits": logits}, longer)
-    # One row of labels would be spread over all rows of the logits.
-    inconsistent = logits._replace(data=torch.ones(1).long())
-    with pytest.raises(ValueError, match="sum to 4, but its data has 1 rows"):
-        smoother({"logits": logits}, inconsistent)
-
-
 def test_data_that_requires_gradients():
     packed = pack_sequence([torch.ones(2), torch.ones(1)], enforce_sorted=False)
     packed.data.requires_grad_()
@@ -422,13 +408,6 @@ def test_a_packed_sequence_without_sequences():
 
 
 # --- the collator ---------------------------------------------------------------------------------------
-
-
-def test_the_collator_refuses_rows_of_which_some_are_packed():
-    # Of one sequence of one step all four fields have one shape, and would pass for four numbers.
-    packed = pack_sequence([torch.tensor([5])], enforce_sorted=False)
-    with pytest.raises(ValueError, match="'input_ids' of row 0 is not a PackedSequence, but that of another row is"):
-        DataCollatorForPackedSequence()([{"input_ids": [1, 2]}, {"input_ids": packed}])
 
 
 def test_which_batches_are_looked_at():

@@ -28,14 +28,13 @@ from hf_packfix.models import (
 from tests.support.oracle import (
     Tagger,
     assert_same_run,
-    assert_training_equals_padded,
     packed_batch,
     padded_batch,
     rows,
     stock,
     train,
 )
-from tests.support.reports import Stream, assert_evaluation_equals_padded, assert_same_report, report
+from tests.support.reports import assert_same_report, report
 
 PACKAGE = Path(hf_packfix.__file__).parent
 #: Programs of their own, whose tensors are on the default device as a user's are.
@@ -106,28 +105,6 @@ def test_training_and_evaluation(tmp_path, options):
             padded, expected = run(padded_batch)
     assert_same_run(packed, padded)
     assert_same_report(reported, expected)
-
-
-def test_streaming(tmp_path):
-    with NoDefaultDevice():
-        found = report(tmp_path, Tagger, packed_batch, Stream(rows()), max_steps=1)
-        with stock():
-            expected = report(tmp_path, Tagger, padded_batch, Stream(rows()), max_steps=1)
-    assert_same_report(found, expected)
-
-
-def lists(features: list[dict[str, Any]]) -> Any:
-    """Collate what a tokenizer padded, as lists, with our collator."""
-    batch = padded_batch(features)
-    return DataCollatorForPackedSequence()(
-        [{key: value[row].tolist() for key, value in batch.items()} for row in range(len(features))]
-    )
-
-
-def test_our_collator(tmp_path):
-    with NoDefaultDevice():
-        assert_training_equals_padded(tmp_path, Tagger, rows(), lists)
-        assert_evaluation_equals_padded(tmp_path, Tagger, rows(), packed=lists)
 
 
 @pytest.mark.parametrize("make", [list, np.array, torch.tensor])

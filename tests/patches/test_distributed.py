@@ -57,8 +57,7 @@ def results(request, tmp_path_factory) -> list[dict[str, Any]]:
     result = launch(request.param, "-m", "tests.support.distributed_worker", str(directory))
     if stuck.MESSAGE in result.stderr:
         # Seen twice in some hundred launches, beside heavy load; why is not known. Once more, with a word of where.
-        where = result.stderr[result.stderr.index(stuck.MESSAGE) :]
-        warnings.warn(f"{request.param} processes were {where}", stacklevel=1)
+        warnings.warn(result.stderr[result.stderr.index(stuck.MESSAGE) :], stacklevel=1)
         result = launch(request.param, "-m", "tests.support.distributed_worker", str(directory))
     assert result.returncode == 0, result.stderr[-5000:]
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(request.param)]
@@ -202,8 +201,3 @@ def test_a_streaming_data_set_of_datasets(tmp_path):
     with stock():
         expected = report(tmp_path, Tagger, padded_batch, Stream(data), max_steps=1)
     assert_same_report(found, expected)
-
-
-def test_stock_dies_on_a_stream_in_one_process(tmp_path):
-    with stock(), pytest.raises((AttributeError, AssertionError)):
-        new_trainer(tmp_path, Tagger, Stream(rows()), packed_batch, max_steps=1).train()

@@ -17,7 +17,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.modeling_outputs import TokenClassifierOutput
 
-import hf_packfix
 from hf_packfix.packing import jagged
 from hf_packfix.packing import packed as packing
 from tests.support.oracle import (
@@ -46,29 +45,22 @@ from tests.support.reports import (
     assert_evaluation_equals_padded,
     assert_same_report,
     assert_same_tree,
+    messages,
     report,
 )
-from tests.support.warned import messages
 
 # --- shapes of outputs and labels -----------------------------------------------------------------------
 
 
-@pytest.mark.needs_patch("transformers.trainer_pt_utils:nested_detach")
+@pytest.mark.needs_patch(
+    "transformers.trainer_pt_utils:nested_detach", "accelerate.utils.operations:pad_across_processes"
+)
 @pytest.mark.parametrize("model", [Tagger, PlainTagger, TupleTagger])
 def test_outputs_of_every_kind(tmp_path, model):
     metrics, calls, prediction = assert_evaluation_equals_padded(tmp_path, model, rows())
     assert metrics["eval_accuracy"] > 0
     assert calls[0].predictions.shape == (14, 9, 4)
     assert prediction.label_ids.shape == (14, 9)
-
-
-def test_rows_come_in_the_order_of_the_data_set(tmp_path):
-    data = rows()
-    _, calls, _ = report(tmp_path, Tagger, packed_batch, data)
-    for row, found in zip(data, calls[0].label_ids, strict=True):
-        length = len(row["labels"])
-        assert found[:length].tolist() == row["labels"].tolist()
-        assert (found[length:] == -100).all()
 
 
 def test_packs_nested_in_a_tuple_of_outputs(tmp_path):
@@ -143,6 +135,7 @@ def test_several_label_names_of_mixed_kinds(tmp_path):
         {"eval_do_concat_batches": False, "eval_accumulation_steps": 2},
         {"eval_use_gather_object": True},
         {"include_for_metrics": ["loss"]},
+        {"prediction_loss_only": True},
         {"per_device_eval_batch_size": 1},
         {"per_device_eval_batch_size": 4},
         {"per_device_eval_batch_size": 13},
@@ -165,32 +158,25 @@ def test_the_legacy_prediction_loop(tmp_path, changes):
     assert_evaluation_equals_padded(tmp_path, Tagger, rows(), use_legacy_prediction_loop=True, **changes)
 
 
-@pytest.mark.parametrize("longest_first", [True, False])
-def test_a_last_batch_with_shorter_sequences_and_one_with_longer(tmp_path, longest_first):
-    data = sorted(rows(), key=lambda row: len(row["input_ids"]), reverse=longest_first)
+@pytest.mark.parametrize(
+    "data",
+    [
+        sorted(rows(), key=lambda row: len(row["input_ids"]), reverse=True),
+        sorted(rows(), key=lambda row: len(row["input_ids"])),
+        rows(5, longest=1),
+    ],
+    ids=["the last batch is shorter", "the last batch is longer", "steps alone"],
+)
+def test_sequences_of_every_length(tmp_path, data):
     assert_evaluation_equals_padded(tmp_path, Tagger, data)
-
-
-def test_sequences_of_length_one(tmp_path):
-    found = assert_evaluation_equals_padded(tmp_path, Tagger, rows(5, longest=1))
-    assert found[2].label_ids.shape == (5, 1)
-
-
-def test_loss_only(tmp_path):
-    found = report(tmp_path, Tagger, packed_batch, rows(), prediction_loss_only=True)
-    with stock():
-        expected = report(tmp_path, Tagger, padded_batch, rows(), prediction_loss_only=True)
-    assert_same_report(found, expected)
-    assert found[2].predictions is None
 
 
 @pytest.mark.parametrize("changes", [{}, {"batch_eval_metrics": True}, {"eval_accumulation_steps": 1}], ids=str)
 def test_inputs_for_metrics(tmp_path, changes):
     data = rows()
-    kwargs = {"include_for_metrics": ["inputs", "loss"], **changes}
-    found = report(tmp_path, Tagger, packed_batch, data, **kwargs)
+    found = report(tmp_path, Tagger, packed_batch, data, include_for_metrics=["inputs", "loss"], **changes)
     with stock():
-        expected = report(tmp_path, Tagger, padded_batch, data, **kwargs)
+        expected = report(tmp_path, Tagger, padded_batch, data, include_for_metrics=["inputs", "loss"], **changes)
     assert_same_report(found, expected)
     for ours, theirs in zip(found[1], expected[1], strict=True):
         left, right = ours.inputs, theirs.inputs
@@ -201,28 +187,6 @@ def test_inputs_for_metrics(tmp_path, changes):
         # Token ids start at 1: the padded collator fills with 0, and the Trainer with -100.
         torch.testing.assert_close(left.clamp(min=0), right.clamp(min=0))
         assert (left[right < 1] == -100).all()
-
-
-@pytest.mark.needs_patch("accelerate.utils.operations:pad_across_processes")
-def test_preprocessed_logits_are_padded_tensors(tmp_path):
-    shapes = []
-
-    def preprocess(logits, labels):
-        shapes.append((tuple(logits.shape), tuple(labels.shape)))
-        return logits.argmax(-1).masked_fill(labels == -100, -100)
-
-    def accuracy(prediction):
-        real = prediction.label_ids != -100
-        return {"accuracy": float((prediction.predictions[real] == prediction.label_ids[real]).mean())}
-
-    options = {"preprocess_logits_for_metrics": preprocess, "compute_metrics": accuracy}
-    found = report(tmp_path, Tagger, packed_batch, rows(), options=options)
-    ours, shapes = shapes, []
-    with stock():
-        expected = report(tmp_path, Tagger, padded_batch, rows(), options=options)
-    assert_same_report(found, expected)
-    assert ours == shapes
-    assert all(len(logits) == 3 and len(labels) == 2 for logits, labels in ours)
 
 
 @pytest.mark.needs_patch("transformers.trainer_pt_utils:find_batch_size")
@@ -475,18 +439,6 @@ def test_a_packed_key_beside_a_tensor_with_other_rows_is_not_cut():
 
 
 # --- the public helpers ---------------------------------------------------------------------------------
-
-
-def test_public_helpers():
-    data = rows(5)
-    batch, expected = packed_batch(data), padded_batch(data)
-    assert torch.equal(hf_packfix.pad(batch["labels"], padding_value=-100), expected["labels"])
-    assert torch.equal(hf_packfix.pad(batch["input_ids"]), expected["input_ids"])
-    assert hf_packfix.batch_size(batch["labels"]) == 5
-    assert hf_packfix.num_tokens(batch["labels"]) == int(expected["attention_mask"].sum())
-    assert {"pad", "batch_size", "num_tokens"} <= set(dir(hf_packfix))
-    with pytest.raises(AttributeError, match="has no attribute 'padd'"):
-        _ = hf_packfix.padd
 
 
 @pytest.mark.skipif(not compiles(), reason="this torch does not compile here")

@@ -14,7 +14,7 @@ from transformers import Trainer
 
 import hf_packfix
 from tests.support.oracle import Classifier, PlainTagger, Row, new_trainer, packed_batch, padded_batch, rows, stock
-from tests.support.warned import messages
+from tests.support.reports import messages
 
 
 def advised(message: str) -> list[str]:

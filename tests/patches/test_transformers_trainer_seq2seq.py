@@ -166,9 +166,3 @@ def test_without_labels(tmp_path):
     assert prediction.label_ids is None
     assert prediction.predictions.shape == (4, 12)
     assert model.fed == []  # no loss, no forward
-
-
-def test_stock_fails_on_packed_labels(tmp_path):
-    data = rows(4)
-    with stock(), pytest.raises((AssertionError, AttributeError)):
-        seq2seq(tmp_path, model_with(), data, predict_with_generate=True).evaluate()

@@ -39,13 +39,6 @@ def test_every_step_equals_the_padded_run(tmp_path, model, labels):
     assert_training_equals_padded(tmp_path, model, rows(labels=labels))
 
 
-@pytest.mark.parametrize(("model", "labels"), MODELS)
-def test_stock_fails_with_the_plugin_off(tmp_path, model, labels):
-    # The day this passes, upstream has fixed it.
-    with stock(), pytest.raises(AssertionError):
-        train(tmp_path, model, rows(labels=labels), packed_batch)
-
-
 def test_a_subclass_defined_before_activation_is_served(tmp_path):
     with stock():
 
@@ -110,15 +103,24 @@ def test_gradient_accumulation_with_a_loss_function(tmp_path, model, steps):
     assert_training_equals_padded(tmp_path, model, rows(), **options)
 
 
-def test_gradient_accumulation_without_a_loss_function(tmp_path):
-    assert_training_equals_padded(tmp_path, Tagger, rows(), gradient_accumulation_steps=3)
+def twofold(row: Any) -> Any:
+    return {**row, "labels": torch.stack([row["labels"], row["labels"].clamp(min=0)], -1)}
 
 
-@pytest.mark.parametrize("shifts", [False, True])
-def test_number_of_items(tmp_path, shifts):
+ITEMS = {
+    "labels": (dict, False),
+    "shifted labels": (dict, True),
+    "two labels a step": (twofold, False),
+    "labels that are shifted already": (lambda row: {**row, "shift_labels": row["labels"]}, True),
+}
+
+
+@pytest.mark.parametrize("kind", ITEMS)
+def test_the_items_are_those_of_the_padded_batches(tmp_path, kind):
+    change, shifts = ITEMS[kind]
     trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
     trainer._loss_shifts_labels = shifts
-    groups = [rows(5, seed=1), rows(3, seed=2), rows(1, seed=3)]
+    groups = [[change(row) for row in rows(count, seed=count)] for count in (5, 3, 1)]
     packed = count_items(trainer, [packed_batch(group) for group in groups])
     with stock():
         padded = count_items(trainer, [padded_batch(group) for group in groups])
@@ -127,30 +129,11 @@ def test_number_of_items(tmp_path, shifts):
     assert silent is None
 
 
-def test_number_of_items_with_two_labels_a_step(tmp_path):
-    trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
-    twofold = [{**row, "labels": torch.stack([row["labels"], row["labels"].clamp(min=0)], -1)} for row in rows(5)]
-    packed = count_items(trainer, [packed_batch(twofold)])
-    with stock():
-        padded = count_items(trainer, [padded_batch(twofold)])
-    assert int(packed) == int(padded) > sum(len(row["labels"]) for row in twofold)
-
-
-def test_number_of_items_of_nothing(tmp_path):
+def test_a_batch_of_nothing_adds_no_items(tmp_path):
     trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
     nothing = PackedSequence(torch.ones(0).long(), torch.ones(0).long())
     alone = count_items(trainer, [packed_batch(rows(5))])
     assert int(count_items(trainer, [{"labels": nothing}, packed_batch(rows(5))])) == int(alone) > 0
-
-
-def test_number_of_items_takes_shift_labels_as_they_are(tmp_path):
-    trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
-    trainer._loss_shifts_labels = True
-    renamed = [{**row, "shift_labels": row["labels"]} for row in rows(5)]
-    packed = count_items(trainer, [packed_batch(renamed)])
-    with stock():
-        padded = count_items(trainer, [padded_batch(renamed)])
-    assert int(packed) == int(padded) > 0
 
 
 def test_the_batches_of_the_iterator_come_back(tmp_path):
@@ -221,14 +204,3 @@ def test_input_tokens_seen_are_the_sum_of_the_lengths(tmp_path, mode, with_mask,
             per_device_train_batch_size=1,
         )
     assert alone.state.num_input_tokens_seen == run.state.num_input_tokens_seen
-
-
-def test_tokens_are_counted_in_accumulated_steps_and_items_as_well(tmp_path):
-    options = {
-        "options": {"compute_loss_func": sum_of_losses},
-        "gradient_accumulation_steps": 3,
-        "include_num_input_tokens_seen": True,
-    }
-    data = rows(18)  # six batches: 4.46 leaves out what does not fill the last step
-    packed, _ = assert_training_equals_padded(tmp_path, Tagger, data, **options)
-    assert packed.state.num_input_tokens_seen == 2 * sum(len(row["input_ids"]) for row in data)

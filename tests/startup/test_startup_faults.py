@@ -100,10 +100,9 @@ FILES = [
     "activation/__init__.py",
     "activation/control.py",
     "activation/environment.py",
-    "activation/state.py",
     "activation/versions.py",
     "patches/__init__.py",
-    "patches/patch.py",
+    "engine/patch.py",
     "patches/transformers_trainer.py",
 ]
 #: What is done to a file, and what is then raised.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 LAYOUTS = ["packed", "right", "left", "holes"]
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def arrange(layout: str, sequences: list[Tensor], fill: float = 0) -> tuple[Any, Tensor | None]:
@@ -81,3 +82,19 @@ def run(
             finals.append(hidden)
         steps = torch.cat(outputs, dim=1)
     return steps, torch.cat(finals)
+
+
+def assert_same_step(model: nn.Module, output: Any, mask: Tensor | None, logits: list[Tensor], loss: Tensor) -> None:
+    """Compare the logits, the loss and every gradient of a model's output with those of a loop over steps."""
+    gradients = []
+    for each in (output.loss, loss):
+        each.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    found = output.logits if logits[0].dim() == 1 else sequences_of(output.logits, mask)
+    for mine, expected in zip(found, logits, strict=True):
+        torch.testing.assert_close(mine, expected, **CLOSE)
+    torch.testing.assert_close(output.loss, loss, **CLOSE)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, msg=lambda m, n=name: f"{n}: {m}", **CLOSE)

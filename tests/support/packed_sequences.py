@@ -9,10 +9,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from transformers import Trainer
 
-META = torch.device("meta")
-
-
-CPU = torch.device("cpu")
+META, CPU = torch.device("meta"), torch.device("cpu")
 
 
 def bare_trainer(device: torch.device = CPU, cls: type[Trainer] = Trainer, dtype: Any = None) -> Trainer:
@@ -30,3 +27,12 @@ def some_packed(dtype: torch.dtype = torch.float32, sort: bool = False) -> Packe
     if sort:
         pieces.sort(key=len, reverse=True)
     return pack_sequence([piece.to(dtype) for piece in pieces], enforce_sorted=sort)
+
+
+def assert_same_packed(found: Any, sequences: list[torch.Tensor]) -> None:
+    """Compare with torch's own packing of the sequences, field by field."""
+    expected = pack_sequence(sequences, enforce_sorted=False)
+    assert isinstance(found, PackedSequence)
+    for mine, torchs in zip(found, expected, strict=True):
+        assert mine.dtype == torchs.dtype
+        assert torch.equal(mine, torchs)
