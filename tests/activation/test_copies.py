@@ -120,7 +120,3 @@ def test_inspection_shows_upstream(patch):
         assert getattr(function, name) == getattr(original, name)
 
 
-def test_the_help_of_the_trainer_is_that_of_stock():
-    found = pydoc.render_doc(Trainer)
-    with stock():
-        assert found == pydoc.render_doc(Trainer)

@@ -54,14 +54,14 @@ def run(code: str) -> None:
     execute(FINDER + TRAIN + code)
 
 
-@pytest.mark.parametrize("packages", PACKAGES)
-def test_patches_are_there_when_the_trainer_is_used(packages):
-    run(f"import hf_packfix\nanswer_for({packages})\nuse()\ncheck()")
+#: What applies the patches that are pending: a use of the Trainer, or a question.
+APPLIES = {"use": "use()", "status": "from transformers import Seq2SeqTrainer, BatchFeature"}
 
 
 @pytest.mark.parametrize("packages", [*PACKAGES, ALL])
-def test_status_applies_what_is_pending(packages):
-    run(f"import hf_packfix\nanswer_for({packages})\nfrom transformers import Seq2SeqTrainer, BatchFeature\ncheck()")
+@pytest.mark.parametrize("by", APPLIES)
+def test_a_use_of_the_trainer_and_the_status_apply_what_is_pending(packages, by):
+    run(f"import hf_packfix\nanswer_for({packages})\n{APPLIES[by]}\ncheck()")
 
 
 def test_asking_whether_it_is_enabled_applies_what_is_pending():

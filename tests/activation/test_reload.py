@@ -97,60 +97,6 @@ for _ in range(3):
     )
 
 
-SECOND = (
-    RELOADS
-    + """
-from transformers import Seq2SeqTrainer
-from transformers.trainer_pt_utils import EvalLoopContainer
-first = hf_packfix
-hf_packfix.disable()
-originals = {name: vars(Trainer)[name] for name in ("_prepare_input", "prediction_step", "floating_point_ops")}
-add = vars(EvalLoopContainer)["add"]
-hf_packfix.enable()
-
-def check_wrapped_once():
-    for name, function in originals.items():
-        assert vars(Trainer)[name] is not function
-        assert vars(Trainer)[name].__wrapped__ is function, name
-    assert vars(EvalLoopContainer)["add"].__wrapped__ is add
-    assert packs_train(Trainer)
-    assert build(packed_batch).evaluate()["eval_loss"] > 0
-
-def check_stock():
-    assert {name: vars(Trainer)[name] for name in originals} == originals
-    assert vars(EvalLoopContainer)["add"] is add
-    assert not packs_train(Trainer)
-"""
-)
-
-
-def test_the_package_imported_again():
-    train(
-        SECOND
-        + """
-for name in [name for name in sys.modules if name.split(".")[0] == "hf_packfix"]:
-    del sys.modules[name]
-import hf_packfix as second
-assert second is not first
-assert second.is_enabled()
-check_wrapped_once()
-second.disable()
-assert not second.is_enabled()
-assert not first.is_enabled()
-check_stock()
-second.enable()
-check_wrapped_once()
-first.disable()  # the first copy looks its patches up by name: they are the second one's
-assert not second.is_enabled()
-assert "overwritten" in str(second.status())
-check_stock()
-second.enable()
-assert second.is_enabled()
-check_wrapped_once()
-"""
-    )
-
-
 @pytest.fixture
 def renamed(tmp_path):
     """A copy of the package under another name, as a program that ships its dependencies has it."""
@@ -162,33 +108,59 @@ def renamed(tmp_path):
     return tmp_path
 
 
-def test_a_copy_under_another_name(renamed):
-    train(
-        SECOND.replace('"hf_packfix" in', '"packfix" in')
-        + f"""
-sys.path.insert(0, {str(renamed)!r})
+SECOND = {
+    "the package imported again": """
+for name in [name for name in sys.modules if name.split(".")[0] == "hf_packfix"]:
+    del sys.modules[name]
+import hf_packfix as second
+""",
+    "a copy under another name": """
+sys.path.insert(0, PATH)
 import their_packfix as second
 from their_packfix.patches import PATCHES
 from hf_packfix.patches import PATCHES as FIRST
 assert PATCHES[0] is not FIRST[0]
-def check_last(on, off):
-    # The last one enabled has it all; the other one says so.
-    assert on.is_enabled()
-    assert not off.is_enabled()
-    assert "replaced it after activation" in str(off.status())
+for last, other in ((second, first), (first, second), (second, first)):
+    last.enable()  # the last one enabled has it all; the other one says so
+    assert last.is_enabled()
+    assert not other.is_enabled()
+    assert "replaced it after activation" in str(other.status())
     check_wrapped_once()
+""",
+}
 
-check_last(second, first)
-first.enable()
-check_last(first, second)
-second.disable()  # nothing of it is left to take off
-assert first.is_enabled()
-check_wrapped_once()
-second.enable()
-check_last(second, first)
-second.disable()
-assert not first.is_enabled()
-assert not second.is_enabled()
-check_stock()
+
+@pytest.mark.parametrize("kind", SECOND)
+def test_a_second_copy_wraps_once_and_restores_the_originals(renamed, kind):
+    train(
+        RELOADS.replace('"hf_packfix" in', '"packfix" in')
+        + f"""
+from transformers import Seq2SeqTrainer
+from transformers.trainer_pt_utils import EvalLoopContainer
+PATH, first = {str(renamed)!r}, hf_packfix
+hf_packfix.disable()
+originals = {{name: vars(Trainer)[name] for name in ("_prepare_input", "prediction_step", "floating_point_ops")}}
+add = vars(EvalLoopContainer)["add"]
+hf_packfix.enable()
+
+def check_wrapped_once():
+    for name, function in originals.items():
+        assert vars(Trainer)[name] is not function
+        assert vars(Trainer)[name].__wrapped__ is function, name
+    assert vars(EvalLoopContainer)["add"].__wrapped__ is add
+    assert packs_train(Trainer)
+    assert build(packed_batch).evaluate()["eval_loss"] > 0
+{SECOND[kind]}
+assert second is not first
+for _ in range(2):
+    assert second.is_enabled()
+    check_wrapped_once()
+    second.disable()
+    assert not first.is_enabled()
+    assert not second.is_enabled()
+    assert {{name: vars(Trainer)[name] for name in originals}} == originals
+    assert vars(EvalLoopContainer)["add"] is add
+    assert not packs_train(Trainer)
+    second.enable()
 """
     )

@@ -18,7 +18,6 @@ NAMES = (
     "end_to_end",
     "evaluation",
     "collating",
-    "dispatch",
     "generation",
     "layers",
     "comparison",

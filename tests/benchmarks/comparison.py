@@ -30,8 +30,6 @@ try:
 except ImportError:
     lightning = None
 
-__all__ = ["run"]
-
 BATCH, FEATURES, CLASSES, HIDDEN = 32, 16, 5, 64
 RATE, CLIP = 1e-3, 1.0
 Batch = dict[str, Any]

@@ -6,17 +6,12 @@ are those of ``hf_packfix.rnn``, if it is not said that they are torch's own; ov
 
 from __future__ import annotations
 
-import cProfile
-import pstats
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
-import transformers
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
@@ -28,8 +23,6 @@ from hf_packfix import DataCollatorForPackedSequence, patches
 from hf_packfix.models import RecurrentConfig, RecurrentForTokenClassification
 from tests.benchmarks import long_tailed
 from tests.benchmarks.measure import Row, Table, clock, interleave, ratio, summary
-
-__all__ = ["run"]
 
 BATCH, VOCABULARY, LABELS = 32, 100, 10
 RATE, CLIP = 1e-3, 1.0
@@ -121,7 +114,7 @@ def bare(cell: str, rows: list[Batch], collate: Collator) -> tuple[float, list[f
     return clock() - began, losses
 
 
-def by_difference(cell: str, rows: list[Batch], *, own: bool) -> float:
+def patches_part(cell: str, rows: list[Batch], *, own: bool) -> float:
     """Return the part of a packed training run, in percent, that the patches of the Trainer add to the originals.
 
     What a wrapper takes, less what the original inside it takes, summed over all calls; a call inside the original
@@ -151,26 +144,6 @@ def by_difference(cell: str, rows: list[Batch], *, own: bool) -> float:
     finally:
         for name, wrapper in wrappers.items():
             setattr(Trainer, name, wrapper)
-    return 100 * spent / total
-
-
-def by_profile(cell: str, rows: list[Batch], *, own: bool) -> float:
-    """Return the same by ``cProfile``, for all patches.
-
-    Their own time, and that of what they call, but for the calls into upstream, which are the originals' work.
-    """
-    profile = cProfile.Profile()
-    profile.runcall(through_trainer, cell, rows, DataCollatorForPackedSequence(), own=own)
-    stats: dict[Any, Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-    ours = str(Path(patches.__file__).parent)
-    upstream = tuple(str(Path(module.__file__).parent) for module in (transformers, accelerate))
-    spent = 0.0
-    for (file, _, _), (_, _, own, _, callers) in stats.items():
-        if file.startswith(ours):
-            spent += own
-        elif not file.startswith(upstream):
-            spent += sum(cumulative for caller, (*_, cumulative) in callers.items() if caller[0].startswith(ours))
-    total = sum(own for _, _, own, _, _ in stats.values())
     return 100 * spent / total
 
 
@@ -205,12 +178,11 @@ def run(quick: bool) -> Table:
             ratio(samples, IN_FORWARD, PADDED, label=f"{cell}: {IN_FORWARD}"),
             ratio(samples, PACKED_OWN, PADDED, label=f"{cell}: {PACKED_OWN}"),
         ]
-        for how, share in (("by difference", by_difference), ("by cProfile", by_profile)):
-            for against, own in (("the whole run, torch's own layers", True), ("the whole run", False)):
-                shares = [share(cell, rows, own=own) for _ in range(repeats)]
-                label = f"{cell}: the patches' own part, {how}"
-                # The same microseconds a step: a larger part of a run with the fast layers.
-                table.append(summary(label, against, shares, unit="%", bar=0.5 if own else None))
+        for against, own in (("the whole run, torch's own layers", True), ("the whole run", False)):
+            shares = [patches_part(cell, rows, own=own) for _ in range(repeats)]
+            # The same microseconds a step: a larger part of a run with the fast layers.
+            bar = 0.5 if own else None
+            table.append(summary(f"{cell}: the patches' own part", against, shares, unit="%", bar=bar))
         for other in (PACKED_OWN, IN_FORWARD, PADDED, BARE):
             apart = max(abs(a - b) for a, b in zip(losses[PACKED], losses[other], strict=True))
             verdict = "the same to 1e-5" if apart <= 1e-5 else "NOT the same to 1e-5"

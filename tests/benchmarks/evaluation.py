@@ -26,8 +26,6 @@ from transformers import Trainer, TrainingArguments
 from tests.benchmarks import long_tailed
 from tests.benchmarks.measure import Row, Table, clock, interleave, ratio, summary
 
-__all__ = ["run"]
-
 VOCABULARY, LOGITS = 50, 10
 PACKED, PADDED = "packed", "padded"
 NO_LOSS = torch.zeros(())

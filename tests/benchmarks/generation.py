@@ -14,8 +14,6 @@ import torch
 from hf_packfix.models import RecurrentConfig, RecurrentForCausalLM
 from tests.benchmarks.measure import Row, Table, clock, interleave, ratio
 
-__all__ = ["run"]
-
 PROMPTS = (10, 1000)
 SHORT, LONG = 2, 22
 

@@ -12,8 +12,6 @@ from transformers import Trainer, TrainingArguments
 import hf_packfix
 from tests.benchmarks.measure import Row, Samples, Table, interleave, per_call, ratio, summary
 
-__all__ = ["run"]
-
 META = torch.device("meta")
 FLOOR = "a wrapper that does nothing"
 

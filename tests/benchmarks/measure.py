@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Row", "Samples", "Table", "clock", "difference", "interleave", "per_call", "ratio", "summary"]
-
 clock = time.process_time
 Samples = dict[str, list[float]]
 

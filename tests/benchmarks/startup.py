@@ -16,8 +16,6 @@ from pathlib import Path
 
 from tests.benchmarks.measure import Row, Samples, Table, interleave, ratio
 
-__all__ = ["run"]
-
 ROOT = Path(__file__).parents[2]
 
 

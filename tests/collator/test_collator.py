@@ -100,28 +100,24 @@ def test_padding_is_cut_by_the_mask(side):
     assert_same_packed(kept["attention_mask"], [torch.ones(len(s)).long() for s in sequences])
 
 
-def test_a_mask_does_not_cut_a_target_of_another_length():
-    features = [{"input_ids": [4, 5, 0], "attention_mask": [1, 1, 0], "labels": [7, 8, 9, 6]}]
-    assert_same_packed(collate(features)["labels"], [torch.tensor([7, 8, 9, 6])])
-
-
-def test_a_mask_does_not_cut_a_target_that_has_its_length_by_chance():
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([[7, 8, 9, 6]], [[7, 8, 9, 6]]),
+        ([[7, 8, 9], [7]], [[7, 8, 9], [7]]),  # the first has the length of the mask by chance
+        ([[4, 5, 0]], [[4, 5]]),  # they repeat the inputs, padding included
+    ],
+)
+def test_a_mask_cuts_labels_that_are_one_a_step(labels, expected):
+    inputs = [([4, 5, 0], [1, 1, 0]), ([4, 5, 6], [1, 1, 1])]
     features = [
-        {"input_ids": [4, 5, 0], "attention_mask": [1, 1, 0], "labels": [7, 8, 9]},
-        {"input_ids": [4, 5, 6], "attention_mask": [1, 1, 1], "labels": [7]},
+        {"input_ids": ids, "attention_mask": mask, "labels": row}
+        for (ids, mask), row in zip(inputs, labels, strict=False)
     ]
-    assert_same_packed(collate(features)["labels"], [torch.tensor([7, 8, 9]), torch.tensor([7])])
-
-
-def test_a_mask_does_not_cut_what_is_stacked():
-    features = [{"input_ids": [4, 5, 0], "attention_mask": [1, 1, 0], "labels": [0.0, 1.0, 1.0]}]
-    batch = DataCollatorForPackedSequence(tensor_keys=["labels"])(features)
-    assert torch.equal(batch["labels"], torch.tensor([[0.0, 1.0, 1.0]]))
-
-
-def test_labels_that_repeat_the_inputs_may_repeat_their_padding():
-    features = [{"input_ids": [4, 5, 0], "attention_mask": [1, 1, 0], "labels": [4, 5, 0]}]
-    assert_same_packed(collate(features)["labels"], [torch.tensor([4, 5])])
+    assert_same_packed(collate(features)["labels"], list(map(torch.tensor, expected)))
+    if len(labels) == 1:
+        stacked = DataCollatorForPackedSequence(tensor_keys=["labels"])(features)["labels"]
+        assert torch.equal(stacked, torch.tensor(labels))  # uncut
 
 
 def test_a_mask_must_not_cut_off_labels():

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.interpreters import python
 
 pytestmark = pytest.mark.slow  # starts many processes
 
 
 def demo(directory, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "hf_packfix", "demo", *arguments],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return python("-m", "hf_packfix", "demo", *arguments, cwd=directory, limit=600)
 
 
 #: The lines before the last one, which must be all that compares the two runs.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,14 @@ from datasets import Dataset
 from packaging.version import Version
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
-from torch.utils.data import IterableDataset
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 import hf_packfix
 from hf_packfix import DataCollatorForPackedSequence, batch_size, concatenate, with_data
 from hf_packfix.activation import versions
 from hf_packfix.models import RecurrentCache, RecurrentConfig, RecurrentForSequenceClassification
-from tests.support.interpreters import environment
+from tests.support.interpreters import python
+from tests.support.reports import Stream
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "hf_packfix/docs/troubleshooting.md").read_text(encoding="utf-8")
@@ -70,11 +68,6 @@ class HandMade(Trainer):
         return super()._prepare_input(data)
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(ROWS)
-
-
 @pytest.fixture
 def trainer(tmp_path):
     """Return a function that makes a Trainer."""
@@ -110,11 +103,11 @@ def test_without_the_plugin(trainer):
     hf_packfix.disable()
     fails_with("Expected data to be a list or tuple of length 2", trainer().train)
     fails_with("'PackedSequence' object has no attribute 'numel'", trainer(cls=HandMade).train)
-    fails_with("'TensorInformation' object has no attribute 'device'", trainer(rows=Stream(), cls=HandMade).train)
+    fails_with("'TensorInformation' object has no attribute 'device'", trainer(rows=Stream(ROWS), cls=HandMade).train)
     hf_packfix.enable()
     trainer().train()
     trainer(cls=HandMade).train()
-    trainer(rows=Stream()).train()
+    trainer(rows=Stream(ROWS)).train()
 
 
 def test_code_that_takes_it_for_a_tensor(trainer):
@@ -294,8 +287,7 @@ def test_a_saved_model_without_the_plugin(tmp_path):
     text = "model type `recurrent` but Transformers does not recognize this architecture"
     assert text in PAGE
     for before, expected in (("", text), ("import hf_packfix; ", ""), ("import hf_packfix.models; ", "")):
-        command = [sys.executable, "-c", f"import sys; {before}{program}", str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+        done = python("-c", f"import sys; {before}{program}", tmp_path)
         assert (expected in done.stderr) if expected else done.returncode == 0, done.stderr
 
 

@@ -249,49 +249,56 @@ def test_sequence_labels_of_another_shape_are_refused(problem, count, labels):
 # --- inputs that do not fit -----------------------------------------------------------------------------
 
 
+FEATURES = {"vocab_size": None, "embedding_size": None, "input_size": 12}
+
+
 @pytest.mark.parametrize(
-    ("inputs", "message"),
+    ("fields", "inputs", "message"),
     [
-        ({}, "reads input_ids alone, found neither"),
-        ({"input_values": torch.zeros(1, 2, 3)}, "reads input_ids alone, found input_values"),
         (
+            FEATURES,
+            {"input_values": torch.zeros(2, 5, 11)},
+            r"input_values must be a tensor of shape \[B, T, 12\], found \[2, 5, 11\]",
+        ),
+        (FEATURES, {"input_values": pack_sequence([torch.zeros(3, 11)])}, r"of shape \[N, 12\], found \[3, 11\]"),
+        ({}, {}, "reads input_ids alone, found neither"),
+        ({}, {"input_values": torch.zeros(1, 2, 3)}, "reads input_ids alone, found input_values"),
+        (
+            {},
             {"input_ids": torch.zeros(1, 2).long(), "input_values": torch.zeros(1, 2, 3)},
             "reads input_ids alone, found input_ids and input_values",
         ),
-        ({"input_ids": torch.zeros(4).long()}, r"input_ids must be a tensor of shape \[B, T\], found \[4\]"),
+        ({}, {"input_ids": torch.zeros(4).long()}, r"input_ids must be a tensor of shape \[B, T\], found \[4\]"),
         (
+            {},
             {"input_ids": pack_sequence([torch.zeros(2, 3)])},
             r"input_ids must be packed with data of shape \[N\], found \[2, 3\]",
         ),
         (
+            {},
             {"input_ids": torch.zeros(2, 3).long(), "attention_mask": torch.tensor([[1, 1, 0], [0, 0, 0]])},
             "attention_mask has no real step in row 1",
         ),
         (
+            {},
             {"input_ids": torch.zeros(2, 3).long(), "attention_mask": torch.ones(2, 4)},
             r"attention_mask must have the shape of the inputs, \[2, 3\], found \[2, 4\]",
         ),
         (
+            {},
             {"input_ids": pack_sequence([torch.zeros(2).long()]), "attention_mask": torch.ones(1, 2)},
             "found a padded attention_mask beside inputs that are not",
         ),
         (
+            {},
             {"input_ids": torch.zeros(1, 2).long(), "attention_mask": pack_sequence([torch.ones(2)])},
             "found a packed attention_mask beside inputs that are not",
         ),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(inputs, message):
+def test_inputs_that_do_not_fit_are_refused(fields, inputs, message):
     with pytest.raises(ValueError, match=message):
-        build(RecurrentModel)(**inputs)
-
-
-def test_features_of_another_width_are_refused():
-    model = build(RecurrentModel, vocab_size=None, embedding_size=None, input_size=12)
-    with pytest.raises(ValueError, match=r"input_values must be a tensor of shape \[B, T, 12\], found \[2, 5, 11\]"):
-        model(input_values=torch.zeros(2, 5, 11))
-    with pytest.raises(ValueError, match=r"packed with data of shape \[N, 12\], found \[3, 11\]"):
-        model(input_values=pack_sequence([torch.zeros(3, 11)]))
+        build(RecurrentModel, **fields)(**inputs)
 
 
 def test_a_bidirectional_model_cannot_continue():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
@@ -11,11 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from hf_packfix.packing import jagged, packed, trees
-
-
-class Pair(NamedTuple):
-    first: Any
-    second: Any
+from tests.support.packed_sequences import Pair, assert_same_fields
 
 
 def sequences(lengths: list[int], dtype: torch.dtype, trailing: tuple[int, ...]) -> list[torch.Tensor]:
@@ -23,20 +17,11 @@ def sequences(lengths: list[int], dtype: torch.dtype, trailing: tuple[int, ...])
     return [torch.randint(0, 9, (n, *trailing), generator=generator).to(dtype) for n in lengths]
 
 
-def assert_equal(found: PackedSequence, expected: PackedSequence) -> None:
-    for name, left, right in zip(PackedSequence._fields, found, expected, strict=True):
-        if right is None:
-            assert left is None, name
-        else:
-            assert left.dtype == right.dtype, name
-            assert torch.equal(left, right), name
-
-
 def test_sorted_packed_sequences_keep_their_missing_indices_while_they_stay_sorted():
     pieces = sequences([4, 3, 1], torch.int64, ())
     packed = pack_sequence(pieces)
-    assert_equal(jagged.take(packed, slice(1, 3)), pack_sequence(pieces[1:]))
-    assert_equal(jagged.concatenate([packed, jagged.take(packed, [2])]), pack_sequence([*pieces, pieces[2]]))
+    assert_same_fields(jagged.take(packed, slice(1, 3)), pack_sequence(pieces[1:]))
+    assert_same_fields(jagged.concatenate([packed, jagged.take(packed, [2])]), pack_sequence([*pieces, pieces[2]]))
     unsorted = jagged.concatenate([packed, packed])
     assert unsorted.sorted_indices is not None
     assert all(map(torch.equal, unpack_sequence(unsorted), pieces + pieces))
@@ -167,7 +152,7 @@ def test_nothing_is_copied_where_nothing_changes():
     for which in (slice(None), slice(0, 2), slice(0, 99), slice(-2, None)):
         assert jagged.take(batch, which) is batch
     for which in (slice(None, None, 1), [0, 1]):
-        assert_equal(jagged.take(batch, which), batch)
+        assert_same_fields(jagged.take(batch, which), batch)
     assert jagged.concatenate([batch]) is batch
     assert packed.with_data(batch, batch.data) is batch
     other = packed.with_data(batch, batch.data + 1)

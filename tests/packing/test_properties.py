@@ -25,7 +25,7 @@ from transformers.trainer_pt_utils import (
 
 from hf_packfix.packing import jagged, packed, trees
 from tests.support.oracle import stock
-from tests.support.packed_sequences import CPU, META, bare_trainer
+from tests.support.packed_sequences import CPU, META, Pair, assert_same_fields, bare_trainer
 from tests.support.strategies import all_lengths, attack
 
 DTYPES = [
@@ -39,11 +39,6 @@ DTYPES = [
     torch.uint8,
     torch.bool,
 ]
-
-
-class Pair(NamedTuple):
-    first: Any
-    second: Any
 
 
 class WithDefault(NamedTuple):
@@ -147,14 +142,6 @@ def assert_moved(found: Any, given: Any, device: torch.device, dtype: torch.dtyp
         assert found == given
 
 
-def assert_equal(found: PackedSequence, expected: PackedSequence) -> None:
-    for left, right in zip(found, expected, strict=True):
-        assert (left is None) == (right is None)
-        if right is not None:
-            assert left.dtype == right.dtype
-            assert torch.equal(left, right)
-
-
 # --- the properties -------------------------------------------------------------------------------------
 
 
@@ -218,7 +205,7 @@ def test_a_packed_sequence_is_a_list_of_sequences(data):
 
     flat, lengths = jagged.to_jagged(batch)
     assert torch.equal(flat, torch.cat(pieces))
-    assert_equal(jagged.from_jagged(flat, lengths, keep_order=in_order), batch)
+    assert_same_fields(jagged.from_jagged(flat, lengths, keep_order=in_order), batch)
 
     places = data.draw(st.lists(st.sampled_from(range(len(pieces))), min_size=1))
     taken = jagged.take(batch, places)
@@ -228,7 +215,7 @@ def test_a_packed_sequence_is_a_list_of_sequences(data):
 
     both = jagged.concatenate([batch, pack_sequence(others, enforce_sorted=False)])
     assert_sequences(both, pieces + others)
-    assert_equal(jagged.take(both, slice(len(pieces))), pack_sequence(pieces, enforce_sorted=False))
+    assert_same_fields(jagged.take(both, slice(len(pieces))), pack_sequence(pieces, enforce_sorted=False))
 
 
 def assert_sequences(sequences: PackedSequence, expected: list[torch.Tensor]) -> None:

@@ -41,6 +41,7 @@ from tests.support.oracle import (
     stock,
     train,
 )
+from tests.support.reports import Stream
 from tests.support.strategies import all_lengths, attack
 
 Sequences = list[list[int]]
@@ -264,14 +265,9 @@ def test_a_trainer_names_what_is_wrong(tmp_path, model, key, fault, run):
     assert str(caught.value).startswith(f"'{key}' in the batch: ")
 
 
-class Stream(torch.utils.data.IterableDataset):
-    def __iter__(self) -> Any:
-        return iter(rows(6))
-
-
 @pytest.mark.parametrize("fault", SPOILT)
 def test_the_dispatcher_of_a_stream_names_what_is_wrong(tmp_path, fault):
-    trainer = new_trainer(tmp_path, Tagger, Stream(), spoiling("input_ids", fault), max_steps=1)
+    trainer = new_trainer(tmp_path, Tagger, Stream(rows(6)), spoiling("input_ids", fault), max_steps=1)
     with pytest.raises(ValueError, match=r"^'input_ids' in the batch: this PackedSequence is inconsistent"):
         trainer.train()
 

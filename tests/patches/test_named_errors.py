@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -15,17 +15,13 @@ from transformers.trainer_pt_utils import EvalLoopContainer, find_batch_size, ne
 from hf_packfix import evaluation
 from hf_packfix.packing import jagged, trees
 from tests.support.oracle import PlainTagger, Row, new_trainer, packed_batch, rows, stock
+from tests.support.packed_sequences import Pair
 
 INCONSISTENT = "in the batch: this PackedSequence is inconsistent: its batch_sizes sum to"
 
 
 def inconsistent(packed: PackedSequence) -> PackedSequence:
     return packed._replace(data=packed.data[:-1])
-
-
-class Pair(NamedTuple):
-    x: Any
-    y: Any
 
 
 # --- batches that are lists or tuples ---------------------------------------------------------------------
@@ -61,7 +57,7 @@ def test_what_is_named_in_other_batches():
     for batch, name in (
         ([packed, inconsistent(packed)], "position 1"),
         ((1, [{"deep": inconsistent(packed)}]), "position 1"),
-        (Pair(packed, inconsistent(packed)), "'y'"),
+        (Pair(packed, inconsistent(packed)), "'second'"),
         ({"x": packed, "y": [inconsistent(packed)]}, "'y'"),
         ({"x": packed, 3: (inconsistent(packed),)}, "3"),
     ):

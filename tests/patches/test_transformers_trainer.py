@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import types
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from tests.support.oracle import (
     rows,
     stock,
 )
-from tests.support.packed_sequences import CPU, META, bare_trainer, some_packed
+from tests.support.packed_sequences import CPU, META, Pair, bare_trainer, some_packed
 
 
 def test_missing_indices_stay_missing():
@@ -45,11 +45,6 @@ def test_indices_follow_data_that_is_there_already(left_behind):
     assert moved.sorted_indices.device == moved.unsorted_indices.device == META
     with_stock_to = inconsistent.to(META)  # torch's own `to` leaves them behind
     assert CPU in (with_stock_to.sorted_indices.device, with_stock_to.unsorted_indices.device)
-
-
-class Pair(NamedTuple):
-    first: Any
-    second: Any
 
 
 def test_a_subclass_that_handles_tensors_handles_data_and_the_fields_of_named_tuples():

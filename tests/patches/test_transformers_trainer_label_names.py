@@ -39,11 +39,6 @@ class RequiredTarget(PlainTagger):
         return super().forward(x, targets, attention_mask)
 
 
-class Gold(PlainTagger):
-    def forward(self, x, gold=None, attention_mask=None):
-        return super().forward(x, gold, attention_mask)
-
-
 class MainInputLast(PlainTagger):
     main_input_name = "x"
 
@@ -68,7 +63,6 @@ class RowTargets(Classifier):
         (OtherNames, "targets", "tokens"),
         (RequiredTarget, "targets", "tokens"),
         (RowTargets, "targets", "row"),
-        (Gold, "gold", "tokens"),
         (MainInputLast, "gold", "tokens"),
     ],
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import pytest
 import torch
 import transformers.trainer_pt_utils as pt_utils
@@ -20,14 +18,10 @@ from tests.support.oracle import (
     stock,
     train,
 )
+from tests.support.packed_sequences import Pair
 
 PIECES = [torch.tensor([1, 0]), torch.tensor([2, 2, 1]), torch.tensor([0])]
 LABELS = [*PIECES, torch.tensor([1, -100])]  # two of one length
-
-
-class Pair(NamedTuple):
-    first: Any
-    second: Any
 
 
 def logits_and_labels() -> tuple[PackedSequence, PackedSequence]:

@@ -50,15 +50,7 @@ TOOLS = ["datasets", "hypothesis", "optuna", "psutil", "pytest", "pytest-timeout
 
 @dataclass(frozen=True)
 class Result:
-    """What pytest reported on one pair.
-
-    Attributes:
-        name: the versions of the pair.
-        passed, failed, skipped: numbers of tests; a run without a report counts as one failure.
-        seconds: of the tests, without the installation.
-        reasons: why tests were skipped.
-        output: what pytest printed.
-    """
+    """What pytest reported on one pair; a run without a report counts as one failure."""
 
     name: str
     passed: int

@@ -29,13 +29,7 @@ CACHE = Path(tempfile.gettempdir()) / "hf_packfix_pythons"
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the tests.
-
-    Attributes:
-        requirements: what pip installs before it runs.
-        arguments: what pytest is called with.
-        variables: environment variables of the run.
-    """
+    """A part of the tests: what pip installs for it, and how pytest is called."""
 
     requirements: tuple[str, ...]
     arguments: tuple[str, ...]
