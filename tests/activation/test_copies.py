@@ -118,5 +118,3 @@ def test_inspection_shows_upstream(patch):
     assert inspect.isfunction(function)
     for name in ("__module__", "__name__", "__qualname__", "__doc__", "__annotations__"):
         assert getattr(function, name) == getattr(original, name)
-
-

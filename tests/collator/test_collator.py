@@ -143,10 +143,7 @@ def test_a_mask_must_not_cut_off_labels():
         ([{"x": []}], "'x' of row 0 is empty"),
         ([{"x": [1]}, {"x": 1}], "'x' of row 1 must be a sequence, found the number 1"),
         ([{"x": 1}, {"x": [1]}], r"'x' of row 1 has shape \[1\], but row 0 has \[\]"),
-        (
-            [{"x": [[1.0, 2.0]]}, {"x": [[1.0]]}],
-            r"'x' of row 1 has steps of shape \[1\], but row 0 has \[2\]",
-        ),
+        ([{"x": [[1.0, 2.0]]}, {"x": [[1.0]]}], r"'x' of row 1 has steps of shape \[1\], but row 0 has \[2\]"),
         ([{"x": [1]}, {"x": [[1.0], [1.0, 2.0]]}], "'x' of row 1 must be a number, or evenly nested numbers"),
         ([{"x": [1]}, {"x": "text"}], "'x' of row 1 must be a number, or evenly nested numbers"),
         ([{"x": [1]}, {"x": None}], "'x' of row 1 must be a number, or evenly nested numbers"),

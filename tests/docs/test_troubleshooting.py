@@ -184,10 +184,7 @@ def test_arithmetic_of_tuples():
 
 @pytest.mark.parametrize(
     ("enforce_sorted", "text"),
-    [
-        (False, "INDICES element is out of DATA bounds"),
-        (True, "Expected hidden size (1, 5, 2), got [1, 4, 2]"),
-    ],
+    [(False, "INDICES element is out of DATA bounds"), (True, "Expected hidden size (1, 5, 2), got [1, 4, 2]")],
 )
 def test_an_initial_state_for_len_sequences(enforce_sorted, text):
     rows = [torch.ones(5 - number, 3) for number in range(5)]

@@ -11,13 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer
 from hf_packfix.models import RecurrentEncoderDecoder, RecurrentEncoderDecoderConfig
 from hf_packfix.models.upstream import CACHE_NAME
 from tests.support.layouts import CLOSE, LAYOUTS, arrange, assert_same_step, run
-from tests.support.oracle import (
-    assert_training_equals_padded,
-    new_trainer,
-    packed_batch,
-    stock,
-    train,
-)
+from tests.support.oracle import assert_training_equals_padded, new_trainer, packed_batch, stock, train
 
 PAD, BOS, EOS, V, H = 0, 1, 2, 13, 6
 CELLS = ["rnn", "lstm", "gru"]
@@ -25,13 +19,7 @@ CELLS = ["rnn", "lstm", "gru"]
 
 def build(cell="gru", layers=1, **changes):
     torch.manual_seed(0)
-    fields = {
-        "vocab_size": V,
-        "hidden_size": H,
-        "embedding_size": 5,
-        "pad_token_id": PAD,
-        "bos_token_id": BOS,
-    }
+    fields = {"vocab_size": V, "hidden_size": H, "embedding_size": 5, "pad_token_id": PAD, "bos_token_id": BOS}
     fields |= {"eos_token_id": EOS, "num_hidden_layers": layers, **changes}
     return RecurrentEncoderDecoder(RecurrentEncoderDecoderConfig(cell, **fields))
 

@@ -324,10 +324,7 @@ def test_a_bidirectional_model_cannot_continue():
         ({"problem_type": "ranking"}, "problem_type must be one of 'regression', .* found 'ranking'"),
         ({"problem_type": "single_label_classification", "num_labels": 1}, "num_labels"),
         ({"tie_word_embeddings": True, "embedding_size": 4}, "tie_word_embeddings needs .* embedding_size=4"),
-        (
-            {"tie_word_embeddings": True, "bidirectional": True},
-            "tie_word_embeddings needs .*bidirectional=True",
-        ),
+        ({"tie_word_embeddings": True, "bidirectional": True}, "tie_word_embeddings needs .*bidirectional=True"),
     ],
 )
 def test_impossible_configurations(fields, message):
@@ -361,14 +358,7 @@ def test_save_and_load(tmp_path, kind, auto, cell):
     loaded = auto.from_pretrained(tmp_path).eval()
     assert type(loaded) is kind
     assert loaded.config.to_dict().keys() == AutoConfig.from_pretrained(tmp_path).to_dict().keys()
-    for field in (
-        "cell_type",
-        "vocab_size",
-        "embedding_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "eos_token_id",
-    ):
+    for field in ("cell_type", "vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "eos_token_id"):
         assert getattr(loaded.config, field) == getattr(model.config, field)
     inputs, _ = arrange("packed", tokens())
     assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))

@@ -12,9 +12,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from hf_packfix.packing import jagged
 from hf_packfix.packing import packed as packing
-from tests.support.oracle import (
-    stock,
-)
+from tests.support.oracle import stock
 from tests.support.patched import patch_of
 
 

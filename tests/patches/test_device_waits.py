@@ -28,16 +28,7 @@ from hf_packfix.models import (
     RecurrentForTokenClassification,
 )
 from hf_packfix.packing.packed import _move_indices, move_without_waiting, same_packing, with_data
-from tests.support.oracle import (
-    CLASSES,
-    VOCABULARY,
-    Row,
-    Tagger,
-    new_trainer,
-    packed_batch,
-    padded_batch,
-    rows,
-)
+from tests.support.oracle import CLASSES, VOCABULARY, Row, Tagger, new_trainer, packed_batch, padded_batch, rows
 from tests.support.packed_sequences import CPU, META, bare_trainer, some_packed
 
 Move = Callable[[Any], Any]

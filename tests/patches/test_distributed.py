@@ -23,15 +23,7 @@ from tests.support import stuck
 from tests.support.distributed_worker import FULLY_SHARDS, numbered, scenarios
 from tests.support.installed import ROOT
 from tests.support.layouts import LAYOUTS
-from tests.support.oracle import (
-    Tagger,
-    count_real_tokens,
-    new_trainer,
-    packed_batch,
-    padded_batch,
-    rows,
-    stock,
-)
+from tests.support.oracle import Tagger, count_real_tokens, new_trainer, packed_batch, padded_batch, rows, stock
 from tests.support.reports import Stream, assert_same_report, report
 
 NAMES = [name for name, _ in scenarios()]

@@ -13,14 +13,7 @@ import torch.distributed.utils
 from transformers import Trainer
 
 import hf_packfix
-from tests.support.oracle import (
-    PlainTagger,
-    new_trainer,
-    packed_batch,
-    padded_batch,
-    rows,
-    stock,
-)
+from tests.support.oracle import PlainTagger, new_trainer, packed_batch, padded_batch, rows, stock
 from tests.support.packed_sequences import CPU, META, Pair, bare_trainer, some_packed
 
 

@@ -9,15 +9,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_packfix.packing.packed import pad
-from tests.support.oracle import (
-    Tagger,
-    assert_training_equals_padded,
-    packed_batch,
-    padded_batch,
-    rows,
-    stock,
-    train,
-)
+from tests.support.oracle import Tagger, assert_training_equals_padded, packed_batch, padded_batch, rows, stock, train
 from tests.support.packed_sequences import Pair
 
 PIECES = [torch.tensor([1, 0]), torch.tensor([2, 2, 1]), torch.tensor([0])]

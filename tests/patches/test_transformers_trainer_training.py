@@ -69,12 +69,7 @@ def test_resume_from_checkpoint(tmp_path, monkeypatch):
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
     whole = train(tmp_path / "packed", Tagger, rows(), packed_batch, **options)
     resumed = train(
-        tmp_path / "packed",
-        Tagger,
-        rows(),
-        packed_batch,
-        resume=str(tmp_path / "packed/checkpoint-4"),
-        **options,
+        tmp_path / "packed", Tagger, rows(), packed_batch, resume=str(tmp_path / "packed/checkpoint-4"), **options
     )
     with stock():
         padded = train(tmp_path / "padded", Tagger, rows(), padded_batch, **options)

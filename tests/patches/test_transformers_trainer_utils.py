@@ -6,11 +6,7 @@ import pytest
 import torch
 from transformers import EvalPrediction
 
-from tests.support.oracle import (
-    packed_batch,
-    padded_batch,
-    rows,
-)
+from tests.support.oracle import packed_batch, padded_batch, rows
 
 
 @pytest.mark.needs_patch("transformers.trainer_utils:EvalPrediction.__init__")

@@ -95,10 +95,7 @@ KEYS = ("input_ids", "features")
 def dispatched(collate: Callable[[list[Row]], Any], count: int, split_batches: bool, drop_last: bool) -> Any:
     world = PartialState().num_processes
     loader = DataLoader(
-        Stream(numbered(count)),
-        batch_size=2 * world if split_batches else 3,
-        collate_fn=collate,
-        drop_last=drop_last,
+        Stream(numbered(count)), batch_size=2 * world if split_batches else 3, collate_fn=collate, drop_last=drop_last
     )
     prepared = prepare_data_loader(loader, split_batches=split_batches, dispatch_batches=True, put_on_device=True)
     try:

@@ -11,13 +11,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 import hf_packfix
-from tests.support.oracle import (
-    Row,
-    new_trainer,
-    packed_batch,
-    padded_batch,
-    stock,
-)
+from tests.support.oracle import Row, new_trainer, packed_batch, padded_batch, stock
 
 
 class Recorder:
