@@ -1,8 +1,4 @@
-"""Packing a batch of rows: ours, torch's ``pack_sequence``, and ``pad_sequence`` of the same rows.
-
-Beside the times, the bytes of the tensors that are sent when a batch is dispatched: of a packed batch the real steps
-and one length a row, from which the receiver packs them again; of the padded tensor, without a mask, its elements.
-"""
+"""Packing a batch of rows: ours, torch's ``pack_sequence``, and ``pad_sequence`` of the same rows."""
 
 from __future__ import annotations
 
@@ -14,9 +10,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
 
 from hf_packfix import DataCollatorForPackedSequence
-from hf_packfix.packing.jagged import from_jagged, to_jagged
+from hf_packfix.packing.jagged import from_jagged
 from tests.benchmarks import long_tailed
-from tests.benchmarks.measure import Row, Table, interleave, per_call, ratio, summary
+from tests.benchmarks.measure import Row, Table, interleave, per_call, ratio
 
 BATCH, FEATURES = 64, 16
 
@@ -66,11 +62,6 @@ def run(quick: bool) -> Table:
         for name in ("from_jagged", "DataCollatorForPackedSequence"):
             rows.append(ratio(samples, name, "pack_sequence", label=f"{kind}: {name}"))
             rows.append(ratio(samples, name, "pad_sequence", label=f"{kind}: {name}"))
-        ratios = []
-        for _ in range(20 if quick else 200):
-            batch = [values[0].new_zeros(n, *values[0].shape[1:]) for n in long_tailed.lengths(BATCH, generator)]
-            ratios.append(sum(tensor.nbytes for tensor in to_jagged(theirs(batch))) / padded(batch).nbytes)
-        rows.append(summary(f"{kind}: bytes of a dispatched batch", "the padded tensor", ratios))
         same = equal(ours(values), theirs(values)) and equal(collator(features)["x"], theirs(values))
         notes.append(f"{kind}: the batches are {'equal' if same else 'NOT equal'}, bit for bit")
     return Table(f"Collating: {BATCH} rows of {min(lengths)} to {max(lengths)} steps", rows, notes)

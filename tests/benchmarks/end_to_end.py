@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments, get_linear_schedule_with_warmup
+from transformers import PrinterCallback, Trainer, get_linear_schedule_with_warmup
 
 import hf_packfix
 from hf_packfix import DataCollatorForPackedSequence, patches
 from hf_packfix.models import RecurrentConfig, RecurrentForTokenClassification
 from tests.benchmarks import long_tailed
 from tests.benchmarks.measure import Row, Table, clock, interleave, ratio, summary
+from tests.support import oracle
 
 BATCH, VOCABULARY, LABELS = 32, 100, 10
 RATE, CLIP = 1e-3, 1.0
@@ -35,19 +35,13 @@ PADDED = "padded, never packed"
 BARE = "packed, bare PyTorch loop"
 
 
-def with_mask(features: list[Batch]) -> Batch:
-    """Pad rows, with the mask by which the model packs them in ``forward``."""
-    mask = pad_sequence([torch.ones_like(row["input_ids"]) for row in features], batch_first=True)
-    return {**without_mask(features), "attention_mask": mask}
+#: Rows with the mask by which the model packs them in ``forward``.
+with_mask = oracle.padded_batch
 
 
 def without_mask(features: list[Batch]) -> Batch:
     """Pad rows; the model, not knowing, runs over the padding, whose labels do not count."""
-    fillings = {"input_ids": 0, "labels": -100}
-    return {
-        key: pad_sequence([row[key] for row in features], batch_first=True, padding_value=filling)
-        for key, filling in fillings.items()
-    }
+    return {key: value for key, value in with_mask(features).items() if key != "attention_mask"}
 
 
 def new_model(cell: str, *, own: bool = False) -> RecurrentForTokenClassification:
@@ -75,19 +69,9 @@ def through_trainer(
 ) -> tuple[float, list[float]]:
     """Train with the Trainer; return the seconds and the losses."""
     with tempfile.TemporaryDirectory() as directory:
-        arguments = TrainingArguments(
-            directory,
-            per_device_train_batch_size=BATCH,
-            num_train_epochs=1,
-            learning_rate=RATE,
-            max_grad_norm=CLIP,
-            train_sampling_strategy="sequential",
-            logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
+        options = {"num_train_epochs": 1, "learning_rate": RATE, "max_grad_norm": CLIP, "logging_strategy": "no"}
+        options |= {"per_device_train_batch_size": BATCH, "train_sampling_strategy": "sequential"}
+        arguments = oracle.arguments(directory, **options)
         trainer = RecordingTrainer(new_model(cell, own=own), arguments, train_dataset=rows, data_collator=collate)
         trainer.remove_callback(PrinterCallback)
         trainer.losses = []

@@ -52,12 +52,7 @@ def interpreters() -> dict[str, str]:
 
 
 class Environment:
-    """A virtual environment of its own.
-
-    Attributes:
-        python: its interpreter.
-        site: its site-packages.
-    """
+    """A virtual environment of its own: its interpreter, and its site-packages."""
 
     def __init__(self, directory: Path, base: str = sys.executable) -> None:
         subprocess.run([base, "-m", "venv", "--without-pip", str(directory)], check=True, capture_output=True)

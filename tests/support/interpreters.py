@@ -57,18 +57,20 @@ assert "applied" in states <= {"applied", "not-needed", "not-applicable"}, str(h
 """
 
 
-def environment() -> dict[str, str]:
+def environment(*, measured: bool = False) -> dict[str, str]:
     """Return the environment variables of such a program."""
-    # Unmeasured: what these interpreters run is measured elsewhere, and starting them takes half as long again.
-    env = {k: v for k, v in os.environ.items() if k != "HF_PACKFIX" and not k.startswith("COVERAGE")}
+    # What most of these interpreters run is measured elsewhere, and starting them takes half as long again.
+    env = {k: v for k, v in os.environ.items() if k != "HF_PACKFIX" and (measured or not k.startswith("COVERAGE"))}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def python(*arguments: object, limit: float = 240, **options: Any) -> subprocess.CompletedProcess[str]:
+def python(
+    *arguments: object, limit: float = 240, measured: bool = False, **options: Any
+) -> subprocess.CompletedProcess[str]:
     """Run this interpreter; ``env`` adds to :func:`environment`, other options are those of ``subprocess``."""
     options = {"capture_output": True, "text": True, "check": False} | options
-    variables = environment() | options.pop("env", {})
+    variables = environment(measured=measured) | options.pop("env", {})
     return subprocess.run([sys.executable, *map(str, arguments)], env=variables, timeout=limit, **options)
 
 

@@ -13,13 +13,9 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def arrange(layout: str, sequences: list[Tensor], fill: float = 0) -> tuple[Any, Tensor | None]:
-    """Return the sequences in a layout, and their attention mask where there is padding.
+    """Return sequences ``[T, *]`` in a layout, and their attention mask if there is padding, which holds ``fill``.
 
-    Args:
-        layout: "packed", or where the padding of a padded tensor stands: "right", "left", or "holes" for
-            everywhere.
-        sequences: tensors ``[T, *]``.
-        fill: what stands at padding.
+    The layout is "packed", or where the padding stands: "right", "left", or "holes" for everywhere.
     """
     if layout == "packed":
         return pack_sequence(sequences, enforce_sorted=False), None
@@ -50,15 +46,10 @@ def sequences_of(result: Any, mask: Tensor | None) -> list[Tensor]:
 def run(
     rnn: torch.nn.RNNBase, steps: Tensor, start: tuple[Tensor, Tensor | None] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Run one sequence ``[T, D]`` through a network, cell by cell, without dropout.
+    """Run one sequence ``[T, D]`` through the weights of a network, cell by cell, without dropout.
 
-    Args:
-        rnn: the network, of which only the weights are used.
-        steps: the sequence.
-        start: the hidden and the cell state of every layer and direction before it, ``[L, H]``; zeros by default.
-
-    Returns:
-        The last layer's outputs ``[T, O]``, and the hidden state of every layer and direction at its end.
+    ``start`` is the hidden and the cell state of every layer and direction before it, ``[L, H]``; zeros by default.
+    Returns the last layer's outputs ``[T, O]``, and the hidden state of every layer and direction at its end.
     """
     finals = []
     for layer in range(rnn.num_layers):

@@ -60,14 +60,9 @@ def compiles() -> bool:
 def rows(
     count: int = 14, *, longest: int = 9, seed: int = 0, labels: str = "tokens", ignored: float = 0.2
 ) -> list[Row]:
-    """Return rows of token ids ``[T]`` of lengths 1 to ``longest``, never sorted by length.
+    """Return rows of token ids ``[T]`` of lengths 1 to ``longest``, which the first two rows have.
 
-    Args:
-        count: the number of rows.
-        longest: the longest length; the first row has length 1 and the second has this one.
-        seed: of the lengths and the contents.
-        labels: "tokens" for one label a step (a part of them -100), "row" for one label a row.
-        ignored: the share of token labels that are -100.
+    ``labels`` is "tokens" for one label a step, of which a share is ignored (-100), or "row" for one a row.
     """
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (count,), generator=generator)
@@ -203,6 +198,16 @@ class Classifier(Tagger):
         self, input_ids: Any = None, labels: Any = None, attention_mask: Any = None
     ) -> SequenceClassifierOutput:
         return SequenceClassifierOutput(**_classify(self, input_ids, labels, attention_mask))
+
+
+class DropsIndices(Tagger):
+    """Rebuilds its packed logits as one did before torch 1.1, when there were no index tensors."""
+
+    def forward(self, input_ids: Any = None, labels: Any = None, attention_mask: Any = None, **options: Any) -> Any:
+        result = super().forward(input_ids, labels, attention_mask, **options)
+        if isinstance(result.logits, PackedSequence):
+            result["logits"] = PackedSequence(result.logits.data, result.logits.batch_sizes)
+        return result
 
 
 class PlainTagger(nn.Module):

@@ -28,14 +28,9 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a program and return its output.
 
-    The output goes to files: a pipe would stay open as long as any process that inherited it.
-
-    Args:
-        command: the program and its arguments.
-        seconds: after which it is stuck. Its processes that have called :func:`answer` then print :data:`MESSAGE` and
-            their stacks, and end; 20 seconds later, the program is killed.
-        env: its environment.
-        cwd: its folder.
+    After so many seconds it is stuck: its processes that have called :func:`answer` print :data:`MESSAGE` and their
+    stacks, and end; 20 seconds later, the program is killed. The output goes to files: a pipe would stay open as long
+    as any process that inherited it.
     """
     variables = {**env, _SECONDS: str(seconds)}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
