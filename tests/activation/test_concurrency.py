@@ -137,7 +137,7 @@ def test_a_fork_while_another_thread_holds_the_lock():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_children_forked_while_threads_toggle():
+def test_children_forked_while_threads_toggle_can_toggle():
     train(
         THREADS
         + """

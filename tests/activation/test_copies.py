@@ -73,7 +73,7 @@ def test_pickling_a_trainer_fails_or_works_as_in_stock(tmp_path):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_what_a_pickle_holds_of_a_patched_function_is_its_name(protocol):
+def test_a_pickle_of_a_patched_function_holds_its_name_alone(protocol):
     for patch in PATCHES:
         function = patched(patch)
         if "__call__" in patch.path or function is None:

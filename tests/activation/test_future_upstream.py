@@ -74,7 +74,7 @@ FUTURES = {
         warnings=(f"does not patch {PT_UTILS}:nested_detach: {PT_UTILS} has no nested_detach here",),
         states={f"{PT_UTILS}:nested_detach": "not-applicable"},
         problems=("nested_detach", "the self-test failed"),
-        raises=("evaluate", "predict", "models"),
+        raises=("evaluate", "predict"),
     ),
     "a field of ModelOutput renamed": Future(
         "transformers",
@@ -171,3 +171,35 @@ def test_a_warning_points_at_the_line_of_the_user(tmp_path, program, line):
     )
     (warning,) = [text for text in done.stderr.splitlines() if "HFPackfixWarning" in text]
     assert warning.startswith(f"{path}:{line}: HFPackfixWarning: ")
+
+
+# --- names that patches use, renamed upstream ---------------------------------------------------------------
+
+#: Some of the names that patches use; `python -m tests.tools.tomorrow` renames all of them. What a packed program must
+#: do then: the uses that are not right, and how they fail.
+RENAMED = {
+    # The evaluation joins its batches as stock does.
+    "get_arrays": {},
+    # Only our own models need it.
+    "label_smoother": {"models": "raises: "},
+    # Without the patch, the number of samples would be wrong silently.
+    "find_batch_size": {"dispatch": "a packed batch would give wrong numbers here", "evaluate": "wrong numbers here"},
+    # What the targets of patches are called: without the patch, these uses are right all the same.
+    "evaluation_loop": {},
+    # Of accelerate: no name of ours.
+    "TensorInformation": {},
+}
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("name", RENAMED)
+def test_a_renamed_name_breaks_no_ordinary_program_and_no_packed_one_silently(name):
+    found = tomorrow.outcome(name)
+    assert found.ordinary == "same"
+    assert found.is_harmless
+    for use, error in RENAMED[name].items():
+        assert error in found.packed[use]
+    if not RENAMED[name]:
+        assert set(found.packed.values()) == {"right"}
+    else:
+        assert any(name in warning for warning in found.warnings)

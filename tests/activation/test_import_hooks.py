@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from tests.support.interpreters import execute
@@ -58,8 +60,8 @@ def run(code: str) -> None:
 APPLIES = {"use": "use()", "status": "from transformers import Seq2SeqTrainer, BatchFeature"}
 
 
-@pytest.mark.parametrize("packages", [*PACKAGES, ALL])
-@pytest.mark.parametrize("by", APPLIES)
+# A finder that answers for all of them leaves no hook of ours that a use could run.
+@pytest.mark.parametrize(("packages", "by"), [*itertools.product(PACKAGES, APPLIES), (ALL, "status")])
 def test_a_use_of_the_trainer_and_the_status_apply_what_is_pending(packages, by):
     run(f"import hf_packfix\nanswer_for({packages})\n{APPLIES[by]}\ncheck()")
 

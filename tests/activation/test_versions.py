@@ -36,19 +36,15 @@ def refused():
 
 
 @pytest.mark.parametrize("quote", ["'", '"'])
-def test_from_the_source_without_an_import(package, quote):
-    package(f"import this_is_not_there\n__version__ = {quote}2.1.0{quote}\n")
-    assert versions.found("made-up-package") == "2.1.0"
-    assert refused() is None
+@pytest.mark.parametrize(("version", "conflict"), [("2.1.0", None), ("1.9", ("made-up-package", "1.9"))])
+def test_the_version_is_read_from_the_source_without_an_import(package, quote, version, conflict):
+    package(f"import this_is_not_there\n__version__ = {quote}{version}{quote}\n")
+    assert versions.found("made-up-package") == version
+    assert refused() == conflict
     assert "made_up_package" not in sys.modules
 
 
-def test_a_version_in_the_source_that_is_too_old(package):
-    package("__version__ = '1.9'\n")
-    assert refused() == ("made-up-package", "1.9")
-
-
-def test_from_the_loaded_module(package, monkeypatch):
+def test_the_version_of_a_loaded_module_comes_before_that_of_its_source(package, monkeypatch):
     package("__version__ = '1.9'\n")
     loaded = types.ModuleType("made_up_package")
     loaded.__version__ = "3.0"
@@ -56,7 +52,7 @@ def test_from_the_loaded_module(package, monkeypatch):
     assert versions.found("made-up-package") == "3.0"
 
 
-def test_from_the_module_where_there_is_no_source(package):
+def test_a_module_without_source_is_imported_for_its_version(package):
     package("__version__ = '2.5'\n", byte_code_only=True)
     assert versions.found("made-up-package") is None  # imports nothing
     assert refused() is None
@@ -65,7 +61,7 @@ def test_from_the_module_where_there_is_no_source(package):
 
 @pytest.mark.parametrize("source", ["", "__version__ = 3\n", "raise RuntimeError('broken')\n"])
 @pytest.mark.parametrize("byte_code_only", [False, True])
-def test_where_nothing_tells(package, source, byte_code_only):
+def test_a_package_that_tells_no_version_is_refused(package, source, byte_code_only):
     package(source, byte_code_only=byte_code_only)
     assert refused() == ("made-up-package", None)
     assert ("made_up_package" in sys.modules) == (byte_code_only and "raise" not in source)

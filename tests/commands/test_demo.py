@@ -58,7 +58,7 @@ def test_the_output_is_short(tmp_path):
     assert [line for line in bars if re.match(r"\s*\d+%", line)] == []  # every bar has a name
 
 
-def test_no_plot(tmp_path):
+def test_no_plot_writes_no_picture(tmp_path):
     result = demo(tmp_path, "--epochs", "1", "--no-plot")
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "demo_output/demo.png").exists()

@@ -66,7 +66,7 @@ def test_a_terminal_that_lacks_some_characters():
 
 
 @pytest.mark.parametrize("arguments", [["performance"], []], ids=["a page", "the list"])
-def test_a_reader_that_stops(arguments):
+def test_a_reader_that_stops_is_no_error(arguments):
     process = subprocess.Popen(
         [sys.executable, "-m", "hf_packfix", "docs", *arguments],
         stdout=subprocess.PIPE,

@@ -7,9 +7,7 @@ import shutil
 
 import pytest
 
-from hf_packfix.patches import FAST_RNN, PATCHES
 from tests.support.installed import ROOT, STARTUP_FILES, Environment, wheel
-from tests.tools.drift import state_here
 
 pytestmark = pytest.mark.slow  # starts many processes
 
@@ -103,13 +101,6 @@ def test_an_unedited_program_trains_under_a_launcher(installed, program, launche
     assert result.stdout.count("trained []") == processes
 
 
-@pytest.mark.parametrize("variable", [None, "0"])
-def test_it_fails_as_stock_does_when_nobody_asks(installed, program, variable):
-    result = installed.run(str(program), variable=variable, cwd=program.parent)
-    assert result.returncode == 1
-    assert "AssertionError: Expected data to be a list or tuple of length 2" in result.stderr
-
-
 def test_status_says_what_activated_it(installed):
     code = "import transformers, hf_packfix; print(hf_packfix.status().reason)"
     assert installed.run("-c", code, variable="true").stdout == "activated by HF_PACKFIX=true\n"
@@ -119,15 +110,9 @@ def test_status_says_what_activated_it(installed):
     assert installed.run("-E", "-c", code, variable="0").stdout == "activated by import hf_packfix\n"
 
 
-def pretend_old(environment, version="4.30.2"):
-    return environment.write(
-        f"transformers-{version}.dist-info/METADATA",
-        f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n",
-    ).parent
-
-
 def test_below_the_floor_the_program_runs_and_one_line_says_why(installed):
-    old = pretend_old(installed)
+    metadata = "Metadata-Version: 2.1\nName: transformers\nVersion: 4.30.2\n"
+    old = installed.write("transformers-4.30.2.dist-info/METADATA", metadata).parent
     try:
         code = "from transformers import Trainer; import sys; print(Trainer.__name__, 'hf_packfix' in sys.modules)"
         result = installed.run("-c", code, variable="1")
@@ -146,7 +131,7 @@ def test_below_the_floor_the_program_runs_and_one_line_says_why(installed):
         shutil.rmtree(old)
 
 
-def test_the_log(installed):
+def test_what_is_logged_is_one_line_at_info_and_each_patch_at_debug(installed):
     code = """
 import logging, sys
 logging.basicConfig(stream=sys.stdout, format="%(name)s %(levelname)s %(message)s")
@@ -185,9 +170,7 @@ def test_doctor_of_a_healthy_installation(installed):
     assert (status, report["problems"], report["warnings"]) == (0, [], [])
     assert report["selftest"] == "passed"
     assert list(report["startup_files"].values()) == ["intact"] * 3
-    states = {patch["target"]: patch["state"] for patch in report["status"]["patches"]}
-    expected = {patch.target: state_here(patch) for patch in PATCHES}
-    assert states == expected | {patch.target: "off" for patch in FAST_RNN}
+    assert not {patch["state"] for patch in report["status"]["patches"]} & {"pending", "refused"}
 
 
 def test_doctor_sees_damaged_start_up_files(installed):

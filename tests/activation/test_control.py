@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import sys
@@ -16,7 +15,6 @@ from hf_packfix.activation import control, versions
 from hf_packfix.activation.control import state
 from hf_packfix.patches import PATCHES
 from tests.support.interpreters import TRAINS, execute
-from tests.support.packed_sequences import bare_trainer, some_packed
 from tests.support.patched import patch_of
 
 PATCH = patch_of("transformers.trainer:Trainer._prepare_input")
@@ -34,7 +32,7 @@ PATCH = patch_of("transformers.trainer:Trainer._prepare_input")
         "from transformers import Trainer as T\nclass Trainer(T): pass\nimport hf_packfix",
     ],
 )
-def test_any_order_of_imports(first):
+def test_any_order_of_imports_patches_the_trainer(first):
     # `Seq2SeqTrainer` brings in the last of the modules that are patched.
     execute(first + "\nfrom transformers import Seq2SeqTrainer, BatchFeature" + TRAINS)
 
@@ -61,7 +59,7 @@ ORDERS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
-def test_any_order_with_a_foreign_patch(order):
+def test_a_foreign_patch_stays_in_any_order_of_turning_on_and_off(order):
     on = next(step for step in reversed(order) if step in ("import", "disable", "enable")) != "disable"
     result = execute(
         "calls = []\n"
@@ -94,7 +92,7 @@ except AssertionError:
     assert result.stdout == "done\n", result.stderr
 
 
-def test_import_loads_neither_torch_nor_transformers():
+def test_an_import_loads_neither_torch_nor_transformers_nor_the_models():
     execute(
         """
         import sys, hf_packfix
@@ -102,6 +100,10 @@ def test_import_loads_neither_torch_nor_transformers():
         assert not {"torch", "transformers", "accelerate"} & set(sys.modules)
         assert "_prepare_input" in text and "pending" in text, text
         assert hf_packfix.is_enabled()
+        hf_packfix.DataCollatorForPackedSequence()
+        import transformers.trainer
+        assert hf_packfix.is_enabled()
+        assert not [name for name in sys.modules if name.startswith("hf_packfix.models")]
         """
     )
 
@@ -134,13 +136,6 @@ def test_activation_leaves_the_process_state_of_accelerate_alone():
     )
 
 
-def test_enable_twice_wraps_once():
-    wrapper = vars(Trainer)["_prepare_input"]
-    hf_packfix.enable()
-    assert vars(Trainer)["_prepare_input"] is wrapper
-    assert not hasattr(wrapper.__wrapped__, "__wrapped__")
-
-
 def test_disable_puts_the_very_same_objects_back():
     import transformers.trainer_pt_utils as pt_utils
 
@@ -163,50 +158,6 @@ def test_disable_puts_the_very_same_objects_back():
                 assert code is None or not code.co_filename.startswith(package), (module, name)
 
 
-@pytest.mark.parametrize("says_what_it_wraps", [True, False])
-def test_a_later_wrapper_is_left_standing(monkeypatch, says_what_it_wraps):
-    ours, calls = vars(Trainer)["_prepare_input"], []
-
-    def theirs(self, data):
-        calls.append(data)
-        return ours(self, data)
-
-    if says_what_it_wraps:
-        theirs = functools.wraps(ours)(theirs)
-    original = ours.__wrapped__
-    Trainer._prepare_input = theirs
-    try:
-        assert hf_packfix.is_enabled()
-        assert "wrapped in turn" in PATCH.status(True).detail
-        hf_packfix.disable()
-        assert vars(Trainer)["_prepare_input"] is theirs
-        assert not hf_packfix.is_enabled()
-        with pytest.raises(AssertionError):  # passes through to stock
-            bare_trainer()._prepare_input(some_packed())
-        assert bare_trainer()._prepare_input(5) == 5
-        hf_packfix.enable()
-        assert vars(Trainer)["_prepare_input"] is theirs  # still wrapped once
-        assert bare_trainer()._prepare_input(some_packed()).data.shape == (6, 2)
-        assert calls
-    finally:
-        Trainer._prepare_input = ours
-        hf_packfix.disable()
-    assert vars(Trainer)["_prepare_input"] is original
-
-
-def test_an_overwritten_patch_is_seen_and_put_back():
-    original = vars(Trainer)["_prepare_input"].__wrapped__
-    Trainer._prepare_input = original
-    assert not hf_packfix.is_enabled()
-    assert not hf_packfix.status().enabled
-    assert PATCH.status(True).state == "refused"
-    assert "replaced it after activation" in PATCH.status(True).detail
-    hf_packfix.enable()
-    assert hf_packfix.is_enabled()
-    hf_packfix.disable()
-    assert vars(Trainer)["_prepare_input"] is original
-
-
 def test_an_import_hook_never_raises(monkeypatch, caplog):
     def damaged():
         raise RuntimeError("the patches cannot be read")
@@ -218,7 +169,7 @@ def test_an_import_hook_never_raises(monkeypatch, caplog):
     assert "could not patch transformers.trainer: RuntimeError: the patches cannot be read" in caplog.text
 
 
-def test_status_reads_well():
+def test_the_status_names_every_patch_with_its_problem_and_its_fix():
     status = hf_packfix.status()
     assert status.enabled
     assert status.activated_by
@@ -278,7 +229,7 @@ def test_newer_than_tested_is_no_news_when_all_is_as_expected():
     assert line == "INFO:hf_packfix:newer than what hf_packfix was tested with, judged by probes: transformers 99.0.0"
 
 
-def test_the_kill_switch():
+def test_the_kill_switch_keeps_an_import_and_enable_off():
     execute(
         """
         import warnings, hf_packfix
