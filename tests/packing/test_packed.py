@@ -127,7 +127,7 @@ def test_everything_happens_on_the_device_of_the_data(use):
     assert (found.device.type, found.shape, found.dtype) == ("meta", expected.shape, expected.dtype)
 
 
-def test_padding_on_the_left():
+def test_pad_left_puts_the_padding_first():
     pieces = [torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([4, 5, 6])]
     sequences = pack_sequence(pieces, enforce_sorted=False)
     assert packed.pad_left(sequences, 9).tolist() == [[9, 1, 2], [9, 9, 3], [4, 5, 6]]
@@ -136,7 +136,7 @@ def test_padding_on_the_left():
     assert torch.equal(packed.pad(sequences, total_length=3), packed.pad(sequences))
 
 
-def test_no_sequence_at_all():
+def test_a_packed_sequence_of_nothing_has_zero_of_everything():
     none = torch.tensor([], dtype=torch.int64)
     for keep_order in (False, True):
         empty = jagged.from_jagged(torch.ones(0, 2), none, keep_order=keep_order)

@@ -37,7 +37,7 @@ def sequences(packed):
     "accelerate.utils.operations:get_shape",
 )
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"x": [x, {"y": (x,)}]}], ids=["alone", "nested"])
-def test_operations(wrap):
+def test_every_operation_treats_a_packed_sequence_as_its_sequences(wrap):
     first, second, packed, other = two_packed()
 
     def leaves(tree):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
-import hf_packfix
+import hf_packfix.rnn
 from hf_packfix import DataCollatorForPackedSequence
 
 PACKAGE = Path(hf_packfix.__file__).parent
@@ -21,20 +21,17 @@ PROGRAMS = {"demo", "selftest.py", "trial.py"}
 def unnamed(source: str) -> list[int]:
     """Return the lines in which a tensor is made on the default device, whatever that is."""
     names = {function.__name__ for function in _device_constructors()} - {"__init__"}
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module == "torch":
-            found += [node.lineno for alias in node.names if alias.name in names]
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
-            if of_torch and node.func.attr in names and not any(keyword.arg == "device" for keyword in node.keywords):
-                found.append(node.lineno)
-    return found
+    nodes = list(ast.walk(ast.parse(source)))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "torch"]
+    makers = {alias.name for node in imports for alias in node.names if alias.name in names}
+    makers |= {f"torch.{name}" for name in names}
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) in makers]
+    return sorted(node.lineno for node in calls if not any(keyword.arg == "device" for keyword in node.keywords))
 
 
 def test_a_tensor_that_names_no_device_is_found():
     assert unnamed("import torch\ntorch.zeros(2, device=None)\ntorch.zeros(2)\ntorch.tensor(1, **options)") == [3, 4]
-    assert unnamed("from torch import Tensor, zeros") == [1]
+    assert unnamed("from torch import Tensor, zeros\nzeros(2)\nTensor(2)\nzeros(2, device='cpu')") == [2]
 
 
 def test_every_tensor_of_the_package_names_its_device():

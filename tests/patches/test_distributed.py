@@ -56,7 +56,7 @@ def results(request, tmp_path_factory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", DISPATCHED)
-def test_dispatched_rows(results, name):
+def test_dispatched_rows_are_those_of_the_padded_run(results, name):
     too_small = ["dispatch 4 split=False drop=True"] + ["dispatch 4 split=True drop=True"] * (len(results) == 3)
     for rank in results:
         assert rank[name]["packed"] == rank[name]["padded"]
@@ -119,14 +119,14 @@ def test_a_language_model_trains_alike_in_every_layout(results, name, layout):
 
 
 @pytest.mark.parametrize("name", ["gathering", "broadcasting"])
-def test_operations_between_processes(results, name):
+def test_gathering_and_broadcasting_equal_the_padded_operations(results, name):
     for rank in results:
         assert rank[name]["packed"] == rank[name]["padded"]
 
 
 @pytest.mark.skipif(not FULLY_SHARDS, reason="this torch has no fully_shard")
 @pytest.mark.parametrize(("name", "tolerance"), [("sharded", 1e-5), ("sharded in bfloat16", 3e-2)])
-def test_fully_sharded(results, name, tolerance):
+def test_a_fully_sharded_model_trains_as_a_whole_one(results, name, tolerance):
     for rank in results:
         packed, whole = rank[name]["packed"], rank[name]["padded"]
         torch.testing.assert_close(packed, whole, rtol=tolerance, atol=tolerance)
@@ -160,7 +160,7 @@ oracle.new_trainer(sys.argv[1], oracle.Tagger, oracle.rows(), collate).train()
 # --- one process ----------------------------------------------------------------------------------------
 
 
-def test_streaming_in_one_process(tmp_path):
+def test_a_stream_in_one_process_reports_what_the_padded_one_does(tmp_path):
     data = rows()
 
     def run(collate, directory):
@@ -182,7 +182,7 @@ def test_streaming_in_one_process(tmp_path):
     assert_same_report(reported, expected)
 
 
-def test_a_streaming_data_set_of_datasets(tmp_path):
+def test_a_stream_of_datasets_reports_what_the_padded_rows_do(tmp_path):
     import datasets
 
     data = rows()

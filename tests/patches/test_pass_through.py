@@ -60,14 +60,14 @@ def assert_passed_on(patch: Patch, batch: Any) -> None:
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.path)
 @pytest.mark.parametrize("kind", ["packed", "plain"])
-def test_an_inactive_wrapper(monkeypatch, patch, kind):
+def test_an_inactive_wrapper_passes_everything_on(monkeypatch, patch, kind):
     monkeypatch.setattr(patch, "active", False)
     batch = {"logits": some_packed() if kind == "packed" else torch.ones(2, 3), "labels": None}
     assert_passed_on(patch, batch)
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.path)
-def test_a_batch_without_packed_sequences(monkeypatch, patch):
+def test_a_batch_without_packed_sequences_is_passed_on_untouched(monkeypatch, patch):
     monkeypatch.setattr(patch, "active", True)
     # Padded batches of our own models need more.
     monkeypatch.delitem(sys.modules, "hf_packfix.models", raising=False)

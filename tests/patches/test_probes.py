@@ -81,7 +81,7 @@ def test_operations_count_the_tokens_three_times_the_parameters_twice(factor):
 
 
 @pytest.mark.parametrize(("counted", "expected"), [(3, True), (4, False), (0, False)])
-def test_tokens_counted_and_items(counted, expected):
+def test_a_count_passes_if_it_is_that_of_the_real_tokens(counted, expected):
     def tokens(trainer: Any, inputs: Any) -> None:
         assert trainer.args.include_num_input_tokens_seen == "all"
         trainer.state.num_input_tokens_seen += trainer.accelerator.gather(torch.tensor(counted)).item()

@@ -10,7 +10,6 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_packfix.packing.packed import pad
 from tests.support.oracle import Tagger, assert_training_equals_padded, packed_batch, padded_batch, rows, stock, train
-from tests.support.packed_sequences import Pair
 
 PIECES = [torch.tensor([1, 0]), torch.tensor([2, 2, 1]), torch.tensor([0])]
 LABELS = [*PIECES, torch.tensor([1, -100])]  # two of one length
@@ -56,32 +55,6 @@ def test_smoothing_names_lengths_that_differ():
         LabelSmoother()({"logits": logits}, logits._replace(data=torch.ones(1).long()))
 
 
-def test_named_tuples_are_concatenated_field_by_field():
-    packed = pack_sequence(PIECES, enforce_sorted=False)
-    first, second = Pair(packed, (torch.ones(3, 2),)), Pair(packed, (torch.zeros(3, 4),))
-    found = pt_utils.nested_concat(first, second, padding_index=7)
-    assert type(found) is Pair
-    assert torch.equal(found.first, torch.cat([pad(packed, 7)] * 2))
-    assert torch.equal(found.second[0][:3, 2:], torch.full((3, 2), 7.0))
-    with pytest.raises(AssertionError):  # stock's own: of two types
-        pt_utils.nested_concat(first, tuple(second))
-
-
-def test_named_tuples_are_cut_and_turned_into_arrays_field_by_field():
-    packed = pack_sequence(PIECES, enforce_sorted=False)
-    tree = Pair(packed, [torch.ones(3)])
-    cut = pt_utils.nested_truncate(tree, 2)
-    assert type(cut) is Pair
-    assert pad(cut.first).tolist() == [[1, 0, 0], [2, 2, 1]]
-    assert cut.second[0].shape == (2,)
-    arrays = pt_utils.nested_numpify(tree)
-    assert type(arrays) is Pair
-    assert arrays.first.tolist() == [[1, 0, -100], [2, 2, 1], [0, -100, -100]]
-    gradients = pt_utils.nested_detach(Pair(packed._replace(data=torch.ones(6, requires_grad=True)), ()))
-    assert type(gradients) is Pair
-    assert not gradients.first.data.requires_grad
-
-
 @pytest.mark.parametrize(
     "convert",
     [
@@ -111,7 +84,7 @@ def test_packed_labels_become_what_padded_ones_do(convert):
 
 @pytest.mark.needs_patch("transformers.trainer_pt_utils:LabelSmoother.__call__")
 @pytest.mark.parametrize("steps", [1, 3])
-def test_label_smoothing(tmp_path, steps):
+def test_label_smoothing_trains_as_on_padded_labels(tmp_path, steps):
     options = {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": steps}
     packed, _ = assert_training_equals_padded(tmp_path, Tagger, rows(), **options)
     plain = train(tmp_path, Tagger, rows(), packed_batch, gradient_accumulation_steps=steps)

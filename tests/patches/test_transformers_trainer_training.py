@@ -48,21 +48,20 @@ def test_a_subclass_defined_before_activation_is_served(tmp_path):
     assert_training_equals_padded(tmp_path, Tagger, rows(), only_packed={"trainer": MyTrainer})
 
 
-@pytest.mark.parametrize("wrap", [BatchEncoding, BatchFeature, dict])
-def test_batch_types_of_collators(tmp_path, wrap):
-    assert_training_equals_padded(tmp_path, Tagger, rows(), lambda features: wrap(packed_batch(features)))
+BATCHES: dict[str, dict[str, Any]] = {
+    "a BatchEncoding": {"packed": lambda features: BatchEncoding(packed_batch(features))},
+    "a BatchFeature": {"packed": lambda features: BatchFeature(packed_batch(features))},
+    "sorted, without index tensors": {"packed": by_length(sorted_packed_batch), "padded": by_length(padded_batch)},
+    "from data loader workers": {"only_packed": {"dataloader_num_workers": 2}},
+}
 
 
-def test_sorted_packed_sequences_without_indices(tmp_path):
-    packed, padded = by_length(sorted_packed_batch), by_length(padded_batch)
-    assert_training_equals_padded(tmp_path, Tagger, rows(), packed, padded)
+@pytest.mark.parametrize("kind", BATCHES)
+def test_batches_of_every_kind_train_as_padded_ones(tmp_path, kind):
+    assert_training_equals_padded(tmp_path, Tagger, rows(), **BATCHES[kind])
 
 
-def test_data_loader_workers(tmp_path):
-    assert_training_equals_padded(tmp_path, Tagger, rows(), only_packed={"dataloader_num_workers": 2})
-
-
-def test_resume_from_checkpoint(tmp_path, monkeypatch):
+def test_a_resumed_training_ends_where_a_whole_one_does(tmp_path, monkeypatch):
     if not transformers_from("4.47"):
         # It loads the state of NumPy's generator as torch before 2.6 allowed by default.
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
