@@ -151,7 +151,7 @@ sys.meta_path += [Nothing()]
 
 
 @pytest.mark.parametrize("what", BEFORE)
-def test_a_program_may_do_this_before_it_imports_transformers(environment, what):
+def test_activation_survives_what_a_program_does_before_it_imports_transformers(environment, what):
     result = environment.run("-c", f"{BEFORE[what]}\n{USES}", variable="1")
     assert (result.stdout, result.stderr) == (ACTIVATED, "")
 
