@@ -158,6 +158,15 @@ def test_disable_puts_the_very_same_objects_back():
                 assert code is None or not code.co_filename.startswith(package), (module, name)
 
 
+def test_an_overwritten_patch_is_reported_and_applied_again():
+    wrapper = vars(Trainer)["_prepare_input"]
+    Trainer._prepare_input = wrapper.__wrapped__
+    assert not hf_packfix.is_enabled()
+    assert "a patch was overwritten since" in hf_packfix.status().reason
+    hf_packfix.enable()
+    assert vars(Trainer)["_prepare_input"] is wrapper
+
+
 def test_an_import_hook_never_raises(monkeypatch, caplog):
     def damaged():
         raise RuntimeError("the patches cannot be read")
