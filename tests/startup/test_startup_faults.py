@@ -175,7 +175,11 @@ def test_an_unreadable_start_up_file_stops_nothing(environment, name):
 
 DEPENDENCIES = [
     *(
-        (name, f'raise ModuleNotFoundError("No module named {name!r}")', f"No module named '{name}'")
+        (
+            name,
+            f'raise ModuleNotFoundError("No module named {name!r}")',
+            f"but {name.replace('_', '-')} is not installed",
+        )
         for name in ("wrapt", "importlib_metadata", "packaging")
     ),
     ("wrapt", "raise RuntimeError('broken')", "RuntimeError: broken"),
