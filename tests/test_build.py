@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
-import pytest
-
-ROOT = Path(__file__).parents[1]
-
-
-def build(what: str, source: Path, target: Path) -> Path:
-    """Build a wheel or an sdist and return its path."""
-    subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", f"--{what}", "--outdir", str(target), str(source)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    (built,) = target.iterdir()
-    return built
+from tests.support.installed import ROOT, build, wheel
 
 
 def contents(wheel: Path) -> dict[str, bytes]:
@@ -30,23 +14,18 @@ def contents(wheel: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist() if not name.endswith("RECORD")}
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    return build("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
-
-
-def test_a_wheel_built_from_the_sdist_has_the_same_files(tmp_path, wheel):
+def test_a_wheel_built_from_the_sdist_has_the_same_files(tmp_path):
     sdist = build("sdist", ROOT, tmp_path / "sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     (source,) = (tmp_path / "unpacked").iterdir()
     again = build("wheel", source, tmp_path / "again")
-    assert again.name == wheel.name
-    assert contents(again) == contents(wheel)
+    assert again.name == wheel().name
+    assert contents(again) == contents(wheel())
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
-    found = set(contents(wheel))
+def test_the_wheel_holds_the_package_and_nothing_else():
+    found = set(contents(wheel()))
     package = {
         # Start-up files stand at the top of the wheel.
         path.relative_to(ROOT).as_posix().removeprefix("hf_packfix/startup/")

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.oracle import (
-    Tagger,
-    assert_training_equals_padded,
-    rows,
-)
+from tests.support.oracle import Tagger, assert_training_equals_padded, rows
 from tests.support.reports import assert_evaluation_equals_padded
 
 pytestmark = pytest.mark.conformance

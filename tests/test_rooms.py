@@ -39,8 +39,6 @@ LOADS = {
     "startup": set(),
 }
 
-#: Loaded with torch, by functions of the patches.
-IMPORTED_LATE = {"patches/prepare_input.py", "patches/countable.py"}
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "wrapt", "sktime", "matplotlib"}
 
 
@@ -83,8 +81,6 @@ def test_a_folder_imports_no_other_than_it_may(room):
 @pytest.mark.parametrize("room", LOADS)
 def test_a_folder_loads_no_more_than_it_may(room):
     for path in files(room):
-        if path.relative_to(PACKAGE).as_posix() in IMPORTED_LATE:
-            continue
         heavy = {name.partition(".")[0] for name in imports(path, at_import=True)} & HEAVY
         assert heavy <= LOADS[room], path
         # What it imports of the package must not load more, either.

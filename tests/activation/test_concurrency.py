@@ -1,4 +1,4 @@
-"""Threads that toggle while others train, and processes that fork at the worst moment."""
+"""Threads that toggle while others train or import, and processes that fork at the worst moment."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from tests.support.interpreters import interpret, run
+from tests.support.interpreters import TRAINS, execute, python, train
 
 pytestmark = pytest.mark.slow  # starts many processes
 
@@ -60,7 +60,7 @@ assert len(changed) > 20, changed
 
 
 def test_ordinary_training_does_not_notice_others_toggling():
-    run(
+    train(
         THREADS
         + """
 def toggle():
@@ -84,7 +84,7 @@ close(losses(build(packed_batch, epochs=6)), expected)
 
 
 def test_packed_training_does_not_notice_others_enabling():
-    run(
+    train(
         THREADS
         + """
 alone = losses(build(packed_batch, epochs=6))
@@ -105,7 +105,7 @@ assert all(targets()[name] is wrapped[name] for name in wrapped)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_fork_while_another_thread_holds_the_lock():
-    printed = run(
+    printed = train(
         """
         import os, signal
         from hf_packfix.activation.control import state
@@ -137,8 +137,8 @@ def test_a_fork_while_another_thread_holds_the_lock():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_children_forked_while_threads_toggle():
-    run(
+def test_children_forked_while_threads_toggle_can_toggle():
+    train(
         THREADS
         + """
 import os, signal
@@ -207,4 +207,97 @@ if __name__ == "__main__":
 """
     )
     # Of its own, so that a hanging child is a failure and not a hanging test.
-    interpret(str(program), str(tmp_path), method)
+    result = python(program, tmp_path, method)
+    assert result.returncode == 0, result.stderr
+
+
+# --- imports in threads ---------------------------------------------------------------------------------
+
+#: A deadlock ends the program, and shows where every thread stands.
+BEGIN = """
+import faulthandler, sys, threading, time
+faulthandler.dump_traceback_later(60, exit=True)
+
+def together(*functions):
+    threads = [threading.Thread(target=function) for function in functions]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+"""
+
+
+IMPORTS = {
+    # Before ours: the thread that enables finds the class, and its probe waits for the end of the import.
+    "enabling at the last line": """
+import wrapt
+importing = threading.Event()
+
+def last_line(module):
+    importing.set()
+    time.sleep(1)
+
+wrapt.register_post_import_hook(last_line, "transformers.feature_extraction_utils")
+import torch, hf_packfix
+
+def turn_on():
+    assert importing.wait(30)
+    hf_packfix.enable()
+
+def load():
+    import transformers.feature_extraction_utils
+""",
+    "enabling again and again": """
+import torch, hf_packfix
+through = threading.Event()
+
+def turn_on():
+    while not through.is_set():
+        hf_packfix.enable()
+        hf_packfix.status()
+        time.sleep(1e-3)
+
+def load():
+    try:
+        import transformers.trainer_seq2seq
+    finally:
+        through.set()
+""",
+    "a first activation": """
+import torch, transformers
+
+def load():
+    import transformers.trainer
+
+def turn_on():
+    while "transformers.trainer" not in sys.modules:
+        time.sleep(1e-4)
+    assert not hasattr(sys.modules["transformers.trainer"], "Trainer")
+    import hf_packfix
+""",
+}
+
+
+@pytest.mark.parametrize("when", IMPORTS)
+def test_turning_on_while_another_thread_imports_leaves_no_patch_out(when):
+    end = "together(load, turn_on)\nfrom transformers import Seq2SeqTrainer, Trainer\n"
+    execute(BEGIN + IMPORTS[when] + end + TRAINS)
+
+
+def test_probes_wait_for_the_end_of_the_import_of_torch():
+    execute(
+        BEGIN
+        + """
+import wrapt
+
+def fixed_upstream(module):
+    def _apply_to_tensors(fn, container):
+        return container._replace(data=fn(container.data))
+    module._apply_to_tensors = _apply_to_tensors
+
+wrapt.register_post_import_hook(fixed_upstream, "torch.distributed.utils")
+import hf_packfix
+import torch
+import torch.distributed.utils
+states = {patch.target: patch.state for patch in hf_packfix.status().patches}
+assert states["torch.distributed.utils:_apply_to_tensors"] == "not-needed", states
+"""
+    )

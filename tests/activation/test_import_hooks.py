@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
-from tests.support.interpreters import interpret
+from tests.support.interpreters import execute
 
 pytestmark = pytest.mark.slow  # starts many processes
 
@@ -51,17 +53,17 @@ ALL = ", ".join(["'torch'", "'accelerate'", "'transformers'"])
 
 
 def run(code: str) -> None:
-    interpret("-c", FINDER + TRAIN + code)
+    execute(FINDER + TRAIN + code)
 
 
-@pytest.mark.parametrize("packages", PACKAGES)
-def test_patches_are_there_when_the_trainer_is_used(packages):
-    run(f"import hf_packfix\nanswer_for({packages})\nuse()\ncheck()")
+#: What applies the patches that are pending: a use of the Trainer, or a question.
+APPLIES = {"use": "use()", "status": "from transformers import Seq2SeqTrainer, BatchFeature"}
 
 
-@pytest.mark.parametrize("packages", [*PACKAGES, ALL])
-def test_status_applies_what_is_pending(packages):
-    run(f"import hf_packfix\nanswer_for({packages})\nfrom transformers import Seq2SeqTrainer, BatchFeature\ncheck()")
+# A finder that answers for all of them leaves no hook of ours that a use could run.
+@pytest.mark.parametrize(("packages", "by"), [*itertools.product(PACKAGES, APPLIES), (ALL, "status")])
+def test_a_use_of_the_trainer_and_the_status_apply_what_is_pending(packages, by):
+    run(f"import hf_packfix\nanswer_for({packages})\n{APPLIES[by]}\ncheck()")
 
 
 def test_asking_whether_it_is_enabled_applies_what_is_pending():

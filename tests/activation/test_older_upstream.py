@@ -82,12 +82,6 @@ def test_what_needs_no_counting_comes_back_as_it_is(wrapped):
         assert sample is batch
 
 
-def test_off_means_off(wrapped, monkeypatch):
-    monkeypatch.setattr(patch_of("transformers.trainer:Trainer.get_batch_samples"), "active", False)
-    with pytest.raises(AttributeError, match="ne"):
-        wrapped(old_trainer("all"), iter([packed_batch(rows(2))]), 1)
-
-
 def test_a_countable_packed_sequence_is_a_packed_sequence():
     packed, kind = some_packed(), _countable_packed_sequence()
     countable = kind._make(packed)

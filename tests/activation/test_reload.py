@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.support.interpreters import ROOT, run
+from tests.support.interpreters import ROOT, train
 
 pytestmark = pytest.mark.slow  # starts many processes
 
@@ -33,8 +33,8 @@ def packs_train(cls):
 """
 
 
-def test_a_reloaded_trainer():
-    run(
+def test_enabling_patches_a_reloaded_trainer_and_keeps_the_old_one():
+    train(
         RELOADS
         + """
 old = transformers.trainer.Trainer
@@ -74,83 +74,6 @@ assert packs_train(Subclass)
     )
 
 
-def test_a_reloaded_module_of_functions():
-    # `transformers.trainer` keeps the functions of before, which it imported by name.
-    run(
-        RELOADS
-        + """
-from transformers import trainer, trainer_pt_utils as pt_utils
-originals = [trainer.nested_detach.__wrapped__]  # not by a name of this module, where they would be replaced
-importlib.reload(pt_utils)
-originals.append(pt_utils.nested_detach)
-assert not hf_packfix.is_enabled()
-for _ in range(3):
-    hf_packfix.enable()
-    assert hf_packfix.is_enabled()
-    assert trainer.nested_detach.__wrapped__ is originals[0]
-    assert pt_utils.nested_detach.__wrapped__ is originals[1]
-    assert build(packed_batch).evaluate()["eval_loss"] > 0
-    hf_packfix.disable()
-    assert trainer.nested_detach is originals[0]
-    assert pt_utils.nested_detach is originals[1]
-"""
-    )
-
-
-SECOND = (
-    RELOADS
-    + """
-from transformers import Seq2SeqTrainer
-from transformers.trainer_pt_utils import EvalLoopContainer
-first = hf_packfix
-hf_packfix.disable()
-originals = {name: vars(Trainer)[name] for name in ("_prepare_input", "prediction_step", "floating_point_ops")}
-add = vars(EvalLoopContainer)["add"]
-hf_packfix.enable()
-
-def check_wrapped_once():
-    for name, function in originals.items():
-        assert vars(Trainer)[name] is not function
-        assert vars(Trainer)[name].__wrapped__ is function, name
-    assert vars(EvalLoopContainer)["add"].__wrapped__ is add
-    assert packs_train(Trainer)
-    assert build(packed_batch).evaluate()["eval_loss"] > 0
-
-def check_stock():
-    assert {name: vars(Trainer)[name] for name in originals} == originals
-    assert vars(EvalLoopContainer)["add"] is add
-    assert not packs_train(Trainer)
-"""
-)
-
-
-def test_the_package_imported_again():
-    run(
-        SECOND
-        + """
-for name in [name for name in sys.modules if name.split(".")[0] == "hf_packfix"]:
-    del sys.modules[name]
-import hf_packfix as second
-assert second is not first
-assert second.is_enabled()
-check_wrapped_once()
-second.disable()
-assert not second.is_enabled()
-assert not first.is_enabled()
-check_stock()
-second.enable()
-check_wrapped_once()
-first.disable()  # the first copy looks its patches up by name: they are the second one's
-assert not second.is_enabled()
-assert "overwritten" in str(second.status())
-check_stock()
-second.enable()
-assert second.is_enabled()
-check_wrapped_once()
-"""
-    )
-
-
 @pytest.fixture
 def renamed(tmp_path):
     """A copy of the package under another name, as a program that ships its dependencies has it."""
@@ -162,65 +85,59 @@ def renamed(tmp_path):
     return tmp_path
 
 
-def test_a_copy_under_another_name(renamed):
-    run(
-        SECOND.replace('"hf_packfix" in', '"packfix" in')
-        + f"""
-sys.path.insert(0, {str(renamed)!r})
+SECOND = {
+    "the package imported again": """
+for name in [name for name in sys.modules if name.split(".")[0] == "hf_packfix"]:
+    del sys.modules[name]
+import hf_packfix as second
+""",
+    "a copy under another name": """
+sys.path.insert(0, PATH)
 import their_packfix as second
 from their_packfix.patches import PATCHES
 from hf_packfix.patches import PATCHES as FIRST
 assert PATCHES[0] is not FIRST[0]
-def check_last(on, off):
-    # The last one enabled has it all; the other one says so.
-    assert on.is_enabled()
-    assert not off.is_enabled()
-    assert "replaced it after activation" in str(off.status())
+for last, other in ((second, first), (first, second), (second, first)):
+    last.enable()  # the last one enabled has it all; the other one says so
+    assert last.is_enabled()
+    assert not other.is_enabled()
+    assert "replaced it after activation" in str(other.status())
     check_wrapped_once()
-
-check_last(second, first)
-first.enable()
-check_last(first, second)
-second.disable()  # nothing of it is left to take off
-assert first.is_enabled()
-check_wrapped_once()
-second.enable()
-check_last(second, first)
-second.disable()
-assert not first.is_enabled()
-assert not second.is_enabled()
-check_stock()
-"""
-    )
+""",
+}
 
 
-def test_what_handles_packed_sequences_for_us_and_goes_away():
-    # Somebody's own fix makes a patch unnecessary; when it is gone, the status says so, and enabling repairs it.
-    run(
-        RELOADS
-        + """
-from torch.nn.utils.rnn import PackedSequence
+@pytest.mark.parametrize("kind", SECOND)
+def test_a_second_copy_wraps_once_and_restores_the_originals(renamed, kind):
+    train(
+        RELOADS.replace('"hf_packfix" in', '"packfix" in')
+        + f"""
+from transformers import Seq2SeqTrainer
+from transformers.trainer_pt_utils import EvalLoopContainer
+PATH, first = {str(renamed)!r}, hf_packfix
 hf_packfix.disable()
-original = vars(Trainer)["_prepare_input"]
-def mixin(self, data):
-    if isinstance(data, PackedSequence):
-        device = self.args.device
-        return PackedSequence._make(f if f is None or i == 1 else f.to(device) for i, f in enumerate(data))
-    return original(self, data)
-Trainer._prepare_input = mixin
+originals = {{name: vars(Trainer)[name] for name in ("_prepare_input", "prediction_step", "floating_point_ops")}}
+add = vars(EvalLoopContainer)["add"]
 hf_packfix.enable()
-def state():
-    return {p.target: p.state for p in hf_packfix.status().patches}["transformers.trainer:Trainer._prepare_input"]
-assert state() == "not-needed"
-assert hf_packfix.is_enabled()
-Trainer._prepare_input = lambda self, data: mixin(self, data)  # another one that does
-assert hf_packfix.is_enabled()
-Trainer._prepare_input = original
-assert not hf_packfix.is_enabled()
-assert state() == "refused"
-hf_packfix.enable()
-assert hf_packfix.is_enabled()
-assert state() == "applied"
-assert packs_train(Trainer)
+
+def check_wrapped_once():
+    for name, function in originals.items():
+        assert vars(Trainer)[name] is not function
+        assert vars(Trainer)[name].__wrapped__ is function, name
+    assert vars(EvalLoopContainer)["add"].__wrapped__ is add
+    assert packs_train(Trainer)
+    assert build(packed_batch).evaluate()["eval_loss"] > 0
+{SECOND[kind]}
+assert second is not first
+for _ in range(2):
+    assert second.is_enabled()
+    check_wrapped_once()
+    second.disable()
+    assert not first.is_enabled()
+    assert not second.is_enabled()
+    assert {{name: vars(Trainer)[name] for name in originals}} == originals
+    assert vars(EvalLoopContainer)["add"] is add
+    assert not packs_train(Trainer)
+    second.enable()
 """
     )

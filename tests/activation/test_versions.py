@@ -9,7 +9,7 @@ import types
 import pytest
 
 from hf_packfix.activation import versions
-from tests.support import programs
+from tests.support.interpreters import execute
 
 
 @pytest.fixture
@@ -36,19 +36,15 @@ def refused():
 
 
 @pytest.mark.parametrize("quote", ["'", '"'])
-def test_from_the_source_without_an_import(package, quote):
-    package(f"import this_is_not_there\n__version__ = {quote}2.1.0{quote}\n")
-    assert versions.found("made-up-package") == "2.1.0"
-    assert refused() is None
+@pytest.mark.parametrize(("version", "conflict"), [("2.1.0", None), ("1.9", ("made-up-package", "1.9"))])
+def test_the_version_is_read_from_the_source_without_an_import(package, quote, version, conflict):
+    package(f"import this_is_not_there\n__version__ = {quote}{version}{quote}\n")
+    assert versions.found("made-up-package") == version
+    assert refused() == conflict
     assert "made_up_package" not in sys.modules
 
 
-def test_a_version_in_the_source_that_is_too_old(package):
-    package("__version__ = '1.9'\n")
-    assert refused() == ("made-up-package", "1.9")
-
-
-def test_from_the_loaded_module(package, monkeypatch):
+def test_the_version_of_a_loaded_module_comes_before_that_of_its_source(package, monkeypatch):
     package("__version__ = '1.9'\n")
     loaded = types.ModuleType("made_up_package")
     loaded.__version__ = "3.0"
@@ -58,22 +54,19 @@ def test_from_the_loaded_module(package, monkeypatch):
 
 @pytest.mark.parametrize("source", ["", "__version__ = 3\n", "raise RuntimeError('broken')\n"])
 @pytest.mark.parametrize("byte_code_only", [False, True])
-def test_where_nothing_tells(package, source, byte_code_only):
+def test_a_package_that_tells_no_version_is_refused(package, source, byte_code_only):
     package(source, byte_code_only=byte_code_only)
     assert refused() == ("made-up-package", None)
     assert "made_up_package" not in sys.modules
 
 
-def test_a_module_that_raises_when_asked(monkeypatch):
+def test_no_such_package_or_one_that_raises_when_asked(monkeypatch):
     class Asked(types.ModuleType):
         def __getattr__(self, name):
             raise RuntimeError(name)
 
-    monkeypatch.setitem(sys.modules, "made_up_package", Asked("made_up_package"))
     assert versions.found("made-up-package") is None
-
-
-def test_no_such_package():
+    monkeypatch.setitem(sys.modules, "made_up_package", Asked("made_up_package"))
     assert versions.found("made-up-package") is None
 
 
@@ -102,18 +95,19 @@ def test_without_metadata_our_dependencies_are_found_all_the_same(monkeypatch):
 def test_a_missing_package_that_activation_needs_is_one_clear_error(package):
     module = package.replace("-", "_")
     needed = f"hf_packfix needs {package} >= {versions.NEEDED[package]}, but {package} is not installed"
-    imports = programs.run(f"import sys; sys.modules['{module}'] = None; import hf_packfix")
+    imports = execute(f"import sys; sys.modules['{module}'] = None; import hf_packfix", status=1)
     assert imports.stderr.count("Traceback") == 1
     assert f"UnsupportedVersionError: {needed}" in imports.stderr.splitlines()[-1]
-    doctor = programs.run(
+    doctor = execute(
         f"""
         import sys
         sys.modules['{module}'], sys.argv = None, ["hf-packfix", "doctor"]
         from hf_packfix.commands.cli import main
         sys.exit(main())
-        """
+        """,
+        status=1,
     )
-    assert (doctor.returncode, doctor.stderr) == (1, "")
+    assert doctor.stderr == ""
     verdict, problem, rest = doctor.stdout.split("\n", 2)
     assert verdict == "not healthy"
     assert problem.startswith(f"problem: {needed}")

@@ -1,6 +1,6 @@
 """What the plugin costs, side by side with what users would have otherwise.
 
-    python -m tests.benchmarks [NAME ...] [--quick] [--json FILE]
+    python -m tests.benchmarks [NAME ...] [--quick]
 
 Nothing here asserts: a bar stands in the table beside what was measured. Not part of the timed tests.
 """

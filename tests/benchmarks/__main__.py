@@ -4,37 +4,23 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 #: Modules of this folder with a function ``run(quick) -> Table``.
-NAMES = (
-    "hot_path",
-    "cold_patches",
-    "startup",
-    "end_to_end",
-    "evaluation",
-    "collating",
-    "dispatch",
-    "generation",
-    "layers",
-    "comparison",
-)
+NAMES = ("hot_path", "cold_patches", "startup", "end_to_end", "evaluation", "collating", "layers", "comparison")
 #: One more, which needs a GPU, and runs only if it is named.
 NAMED_ONLY = ("gpu",)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run benchmarks, print their tables and write them as JSON where asked."""
+    """Run benchmarks and print their tables."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="What the plugin costs.")
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"which (default: all but gpu): {', '.join(NAMES + NAMED_ONLY)}"
     )
     parser.add_argument("--quick", action="store_true", help="smaller and fewer repeats: does it run at all?")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables to this file")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in NAMES + NAMED_ONLY]
     if unknown:
@@ -47,15 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     print(", ".join(f"{name} {found}" for name, found in versions.items()), "; one thread", sep="")
 
-    tables = {}
     for name in options.names or NAMES:
         table = importlib.import_module(f"tests.benchmarks.{name}").run(options.quick)
         print(f"\n{table}", flush=True)
-        tables[name] = table.as_json()
-        if options.json:
-            # After each: what was measured stays, whatever happens to the rest.
-            result = {"versions": versions, "threads": 1, "quick": options.quick, "benchmarks": tables}
-            options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

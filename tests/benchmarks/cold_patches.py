@@ -12,8 +12,6 @@ from hf_packfix import evaluation
 from hf_packfix.patches import PATCHES
 from tests.benchmarks.measure import Row, Table, difference, interleave, per_call
 
-__all__ = ["run"]
-
 BATCH = {
     name: torch.zeros(8, 16, dtype=torch.int64) for name in ("input_ids", "attention_mask", "position_ids", "labels")
 }

@@ -14,8 +14,6 @@ from hf_packfix.packing.jagged import from_jagged
 from tests.benchmarks import long_tailed
 from tests.benchmarks.measure import Row, Table, interleave, per_call, ratio
 
-__all__ = ["run"]
-
 BATCH, FEATURES = 64, 16
 
 

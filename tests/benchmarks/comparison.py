@@ -19,18 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_sequence
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer
 
 import hf_packfix
 from tests.benchmarks import long_tailed
 from tests.benchmarks.measure import Row, Table, clock, interleave, ratio, summary
+from tests.support import oracle
 
 try:
     import lightning
 except ImportError:
     lightning = None
-
-__all__ = ["run"]
 
 BATCH, FEATURES, CLASSES, HIDDEN = 32, 16, 5, 64
 RATE, CLIP = 1e-3, 1.0
@@ -164,18 +163,8 @@ def train(way: str, rows: list[Batch]) -> float:
             began = clock()
             trainer.fit(module, loader)
             return clock() - began
-        arguments = TrainingArguments(
-            directory,
-            per_device_train_batch_size=BATCH,
-            num_train_epochs=1,
-            learning_rate=RATE,
-            max_grad_norm=CLIP,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
+        options = {"num_train_epochs": 1, "learning_rate": RATE, "max_grad_norm": CLIP, "logging_strategy": "no"}
+        arguments = oracle.arguments(directory, per_device_train_batch_size=BATCH, **options)
         huggingface = Trainer(new_model(), arguments, collate, rows)
         huggingface.remove_callback(PrinterCallback)
         began = clock()

@@ -6,30 +6,23 @@ are those of ``hf_packfix.rnn``, if it is not said that they are torch's own; ov
 
 from __future__ import annotations
 
-import cProfile
-import pstats
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
-import transformers
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments, get_linear_schedule_with_warmup
+from transformers import PrinterCallback, Trainer, get_linear_schedule_with_warmup
 
 import hf_packfix
 from hf_packfix import DataCollatorForPackedSequence, patches
 from hf_packfix.models import RecurrentConfig, RecurrentForTokenClassification
 from tests.benchmarks import long_tailed
 from tests.benchmarks.measure import Row, Table, clock, interleave, ratio, summary
-
-__all__ = ["run"]
+from tests.support import oracle
 
 BATCH, VOCABULARY, LABELS = 32, 100, 10
 RATE, CLIP = 1e-3, 1.0
@@ -42,19 +35,13 @@ PADDED = "padded, never packed"
 BARE = "packed, bare PyTorch loop"
 
 
-def with_mask(features: list[Batch]) -> Batch:
-    """Pad rows, with the mask by which the model packs them in ``forward``."""
-    mask = pad_sequence([torch.ones_like(row["input_ids"]) for row in features], batch_first=True)
-    return {**without_mask(features), "attention_mask": mask}
+#: Rows with the mask by which the model packs them in ``forward``.
+with_mask = oracle.padded_batch
 
 
 def without_mask(features: list[Batch]) -> Batch:
     """Pad rows; the model, not knowing, runs over the padding, whose labels do not count."""
-    fillings = {"input_ids": 0, "labels": -100}
-    return {
-        key: pad_sequence([row[key] for row in features], batch_first=True, padding_value=filling)
-        for key, filling in fillings.items()
-    }
+    return {key: value for key, value in with_mask(features).items() if key != "attention_mask"}
 
 
 def new_model(cell: str, *, own: bool = False) -> RecurrentForTokenClassification:
@@ -82,19 +69,9 @@ def through_trainer(
 ) -> tuple[float, list[float]]:
     """Train with the Trainer; return the seconds and the losses."""
     with tempfile.TemporaryDirectory() as directory:
-        arguments = TrainingArguments(
-            directory,
-            per_device_train_batch_size=BATCH,
-            num_train_epochs=1,
-            learning_rate=RATE,
-            max_grad_norm=CLIP,
-            train_sampling_strategy="sequential",
-            logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
+        options = {"num_train_epochs": 1, "learning_rate": RATE, "max_grad_norm": CLIP, "logging_strategy": "no"}
+        options |= {"per_device_train_batch_size": BATCH, "train_sampling_strategy": "sequential"}
+        arguments = oracle.arguments(directory, **options)
         trainer = RecordingTrainer(new_model(cell, own=own), arguments, train_dataset=rows, data_collator=collate)
         trainer.remove_callback(PrinterCallback)
         trainer.losses = []
@@ -121,7 +98,7 @@ def bare(cell: str, rows: list[Batch], collate: Collator) -> tuple[float, list[f
     return clock() - began, losses
 
 
-def by_difference(cell: str, rows: list[Batch], *, own: bool) -> float:
+def patches_part(cell: str, rows: list[Batch], *, own: bool) -> float:
     """Return the part of a packed training run, in percent, that the patches of the Trainer add to the originals.
 
     What a wrapper takes, less what the original inside it takes, summed over all calls; a call inside the original
@@ -151,26 +128,6 @@ def by_difference(cell: str, rows: list[Batch], *, own: bool) -> float:
     finally:
         for name, wrapper in wrappers.items():
             setattr(Trainer, name, wrapper)
-    return 100 * spent / total
-
-
-def by_profile(cell: str, rows: list[Batch], *, own: bool) -> float:
-    """Return the same by ``cProfile``, for all patches.
-
-    Their own time, and that of what they call, but for the calls into upstream, which are the originals' work.
-    """
-    profile = cProfile.Profile()
-    profile.runcall(through_trainer, cell, rows, DataCollatorForPackedSequence(), own=own)
-    stats: dict[Any, Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-    ours = str(Path(patches.__file__).parent)
-    upstream = tuple(str(Path(module.__file__).parent) for module in (transformers, accelerate))
-    spent = 0.0
-    for (file, _, _), (_, _, own, _, callers) in stats.items():
-        if file.startswith(ours):
-            spent += own
-        elif not file.startswith(upstream):
-            spent += sum(cumulative for caller, (*_, cumulative) in callers.items() if caller[0].startswith(ours))
-    total = sum(own for _, _, own, _, _ in stats.values())
     return 100 * spent / total
 
 
@@ -205,12 +162,11 @@ def run(quick: bool) -> Table:
             ratio(samples, IN_FORWARD, PADDED, label=f"{cell}: {IN_FORWARD}"),
             ratio(samples, PACKED_OWN, PADDED, label=f"{cell}: {PACKED_OWN}"),
         ]
-        for how, share in (("by difference", by_difference), ("by cProfile", by_profile)):
-            for against, own in (("the whole run, torch's own layers", True), ("the whole run", False)):
-                shares = [share(cell, rows, own=own) for _ in range(repeats)]
-                label = f"{cell}: the patches' own part, {how}"
-                # The same microseconds a step: a larger part of a run with the fast layers.
-                table.append(summary(label, against, shares, unit="%", bar=0.5 if own else None))
+        for against, own in (("the whole run, torch's own layers", True), ("the whole run", False)):
+            shares = [patches_part(cell, rows, own=own) for _ in range(repeats)]
+            # The same microseconds a step: a larger part of a run with the fast layers.
+            bar = 0.5 if own else None
+            table.append(summary(f"{cell}: the patches' own part", against, shares, unit="%", bar=bar))
         for other in (PACKED_OWN, IN_FORWARD, PADDED, BARE):
             apart = max(abs(a - b) for a, b in zip(losses[PACKED], losses[other], strict=True))
             verdict = "the same to 1e-5" if apart <= 1e-5 else "NOT the same to 1e-5"

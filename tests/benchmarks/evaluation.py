@@ -26,8 +26,6 @@ from transformers import Trainer, TrainingArguments
 from tests.benchmarks import long_tailed
 from tests.benchmarks.measure import Row, Table, clock, interleave, ratio, summary
 
-__all__ = ["run"]
-
 VOCABULARY, LOGITS = 50, 10
 PACKED, PADDED = "packed", "padded"
 NO_LOSS = torch.zeros(())
@@ -95,12 +93,7 @@ def predict(kind: str, count: int) -> dict[str, Any]:
     for array in (result.predictions, result.label_ids):
         digest.update(f"{array.shape} {array.dtype}".encode())
         digest.update(array.tobytes())
-    return {
-        "seconds": seconds,
-        "peak": peak,
-        "shape": list(result.predictions.shape),
-        "digest": digest.hexdigest(),
-    }
+    return {"seconds": seconds, "peak": peak, "shape": list(result.predictions.shape), "digest": digest.hexdigest()}
 
 
 def in_processes(kind: str, count: int, processes: int) -> dict[str, Any]:

@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["LONGEST", "SHORTEST", "lengths", "rows"]
-
 SHORTEST, LONGEST = 4, 300
 
 

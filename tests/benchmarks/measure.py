@@ -10,10 +10,8 @@ import statistics
 import time
 import timeit
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
-
-__all__ = ["Row", "Samples", "Table", "clock", "difference", "interleave", "per_call", "ratio", "summary"]
 
 clock = time.process_time
 Samples = dict[str, list[float]]
@@ -21,13 +19,9 @@ Samples = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Row:
-    """One measured figure.
+    """One measured figure: the median and the quartiles over the repeats, against a peer.
 
     Attributes:
-        what: what was measured.
-        peer: what it is compared with.
-        value: the median over the repeats.
-        quartiles: the lower and the upper one over the repeats.
         unit: "x" for a ratio to the peer, or the unit of a difference.
         seconds: the median time of ``what`` and of ``peer``; None where it is not time that is compared.
         bar: what the value is to stay at or below; None where nothing is promised.
@@ -41,21 +35,10 @@ class Row:
     seconds: tuple[float, float] | None = None
     bar: float | None = None
 
-    @property
-    def holds(self) -> bool | None:
-        """Whether the value stays within the bar; None without one."""
-        return None if self.bar is None else self.value <= self.bar
-
 
 @dataclass
 class Table:
-    """The rows of one benchmark.
-
-    Attributes:
-        title: what is measured, on what.
-        rows: the figures.
-        notes: what was checked on the way, a line each.
-    """
+    """The rows of one benchmark, and notes of what was checked on the way."""
 
     title: str
     rows: list[Row]
@@ -72,15 +55,11 @@ class Table:
             value, low, high = (_figure(figure, row.unit) for figure in (row.value, *row.quartiles))
             took = "" if row.seconds is None else " / ".join(map(_duration, row.seconds))
             bar = "" if row.bar is None else f"<= {_figure(row.bar, row.unit)}"
-            verdict = {None: "", True: "holds", False: "does not hold"}[row.holds]
+            verdict = "" if row.bar is None else "holds" if row.value <= row.bar else "does not hold"
             lines.append(f"| {row.what} | {row.peer} | {value} | {low} to {high} | {took} | {bar} | {verdict} |")
         if self.notes:
             lines += ["", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the table as what JSON can hold."""
-        return {**asdict(self), "rows": [{**asdict(row), "holds": row.holds} for row in self.rows]}
 
 
 def per_call(statement: str, number: int, **names: Any) -> Callable[[], float]:
@@ -96,12 +75,7 @@ def interleave(cases: Mapping[str, Callable[[], float]], repeats: int, *, warm_u
     """Return samples of every case, taken in turn, so that a slow moment of the machine meets them all.
 
     Every round begins with another case. When each has been first, the order is reversed, and so on: whoever follows
-    another case on the same batch finds it in the cache.
-
-    Args:
-        cases: what to call for a sample, by name.
-        repeats: the number of rounds.
-        warm_up: whether one more round, before the others, does not count.
+    another case on the same batch finds it in the cache. With ``warm_up``, one more round before these does not count.
     """
     names = list(cases)
     samples: Samples = {name: [] for name in names}

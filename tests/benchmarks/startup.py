@@ -10,39 +10,20 @@ import os
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.benchmarks.measure import Row, Samples, Table, interleave, ratio
-
-__all__ = ["run"]
-
-ROOT = Path(__file__).parents[2]
-
-
-def quietly(*command: str | Path) -> None:
-    """Run a command that says something only when it fails."""
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=ROOT)
-    if result.returncode:
-        raise RuntimeError(f"{command} failed:\n{result.stdout}{result.stderr}")
+from tests.support.installed import Environment, wheel
 
 
 def environment(directory: Path, *packages: str) -> Path:
     """Return the interpreter of a new virtual environment with these packages in it, and not even pip."""
-    venv.create(directory)
-    python = directory / "bin" / "python"
+    fresh = Environment(directory)
     if packages:
-        quietly(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", *packages)
-    quietly(python, "-m", "compileall", "-q", directory)
-    return python
-
-
-def build_wheel(directory: Path) -> str:
-    """Build the wheel and return its path."""
-    quietly(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", directory, ROOT)
-    (wheel,) = directory.glob("*.whl")
-    return str(wheel)
+        fresh.pip("install", "--quiet", *packages)
+    fresh.run("-m", "compileall", "-q", str(directory))
+    return fresh.python
 
 
 def spawn(python: str | Path, code: str, variables: Mapping[str, str]) -> Callable[[], float]:
@@ -60,10 +41,10 @@ def spawn(python: str | Path, code: str, variables: Mapping[str, str]) -> Callab
     return once
 
 
-def interpreter(wheel: str, directory: Path, repeats: int) -> tuple[Samples, list[str]]:
+def interpreter(built: str, directory: Path, repeats: int) -> tuple[Samples, list[str]]:
     """Return samples of ``python -c pass`` in environments without and with the start-up files."""
     none = environment(directory / "none")
-    plugin = environment(directory / "plugin", "--no-deps", wheel)
+    plugin = environment(directory / "plugin", "--no-deps", built)
     cases = {
         "none": spawn(none, "pass", {}),
         "off": spawn(plugin, "pass", {}),
@@ -72,7 +53,7 @@ def interpreter(wheel: str, directory: Path, repeats: int) -> tuple[Samples, lis
     notes = []
     try:
         autowrapt = environment(directory / "autowrapt", "autowrapt")
-    except RuntimeError:
+    except subprocess.CalledProcessError:
         notes.append("autowrapt could not be installed: not measured")
     else:
         # A group without entry points: the least that it can do when it is on.
@@ -81,11 +62,14 @@ def interpreter(wheel: str, directory: Path, repeats: int) -> tuple[Samples, lis
     return interleave(cases, repeats), notes
 
 
-def program(wheel: str, directory: Path, repeats: int) -> Samples:
+def program(built: str, directory: Path, repeats: int) -> Samples:
     """Return samples of importing the Trainer, alone and with the plugin, as a library of this interpreter."""
     target = directory / "library"
-    quietly(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, wheel)
-    quietly(sys.executable, "-m", "compileall", "-q", target)
+    for command in (
+        ["pip", "install", "--quiet", "--no-deps", "--target", target, built],
+        ["compileall", "-q", target],
+    ):
+        subprocess.run([sys.executable, "-m", *command], check=True, capture_output=True)
     trainer = "from transformers import Trainer"
     variables = {"PYTHONPATH": str(target), "PYTHONSAFEPATH": "1"}  # not the source tree of the working directory
     return interleave(
@@ -101,9 +85,8 @@ def run(quick: bool) -> Table:
     """Measure start-up off, on, and by import."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        wheel = build_wheel(directory / "dist")
-        samples, notes = interpreter(wheel, directory, 20 if quick else 300)
-        imports = program(wheel, directory, 4 if quick else 25)
+        samples, notes = interpreter(str(wheel()), directory, 20 if quick else 300)
+        imports = program(str(wheel()), directory, 4 if quick else 25)
     rows: list[Row] = [
         ratio(samples, "off", "none", label="installed, HF_PACKFIX unset", bar=1.05),
         ratio(samples, "on", "none", label="installed, HF_PACKFIX=1", bar=1.10),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +10,7 @@ from transformers import BatchEncoding
 from hf_packfix import DataCollatorForPackedSequence
 from hf_packfix.models import RecurrentConfig, RecurrentForTokenClassification
 from tests.support.oracle import assert_same_run, packed_batch, rows, train
-from tests.support.same import assert_same_packed
+from tests.support.packed_sequences import assert_same_packed
 
 collate = DataCollatorForPackedSequence()
 
@@ -32,7 +29,7 @@ def test_sequences_pack_as_torch_packs_them(make):
 
 
 @pytest.mark.parametrize("make", [torch.tensor, np.array, list, lambda x: [np.array(step) for step in x]])
-def test_features_of_several_dimensions(make):
+def test_features_of_several_dimensions_pack_step_by_step(make):
     sequences = [torch.arange(float(3 * n)).reshape(n, 3) for n in (2, 4, 1)]
     batch = collate([{"input_values": make(s.tolist())} for s in sequences])
     assert_same_packed(batch["input_values"]._replace(data=batch["input_values"].data.float()), sequences)
@@ -100,28 +97,24 @@ def test_padding_is_cut_by_the_mask(side):
     assert_same_packed(kept["attention_mask"], [torch.ones(len(s)).long() for s in sequences])
 
 
-def test_a_mask_does_not_cut_a_target_of_another_length():
-    features = [{"input_ids": [4, 5, 0], "attention_mask": [1, 1, 0], "labels": [7, 8, 9, 6]}]
-    assert_same_packed(collate(features)["labels"], [torch.tensor([7, 8, 9, 6])])
-
-
-def test_a_mask_does_not_cut_a_target_that_has_its_length_by_chance():
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([[7, 8, 9, 6]], [[7, 8, 9, 6]]),
+        ([[7, 8, 9], [7]], [[7, 8, 9], [7]]),  # the first has the length of the mask by chance
+        ([[4, 5, 0]], [[4, 5]]),  # they repeat the inputs, padding included
+    ],
+)
+def test_a_mask_cuts_labels_that_are_one_a_step(labels, expected):
+    inputs = [([4, 5, 0], [1, 1, 0]), ([4, 5, 6], [1, 1, 1])]
     features = [
-        {"input_ids": [4, 5, 0], "attention_mask": [1, 1, 0], "labels": [7, 8, 9]},
-        {"input_ids": [4, 5, 6], "attention_mask": [1, 1, 1], "labels": [7]},
+        {"input_ids": ids, "attention_mask": mask, "labels": row}
+        for (ids, mask), row in zip(inputs, labels, strict=False)
     ]
-    assert_same_packed(collate(features)["labels"], [torch.tensor([7, 8, 9]), torch.tensor([7])])
-
-
-def test_a_mask_does_not_cut_what_is_stacked():
-    features = [{"input_ids": [4, 5, 0], "attention_mask": [1, 1, 0], "labels": [0.0, 1.0, 1.0]}]
-    batch = DataCollatorForPackedSequence(tensor_keys=["labels"])(features)
-    assert torch.equal(batch["labels"], torch.tensor([[0.0, 1.0, 1.0]]))
-
-
-def test_labels_that_repeat_the_inputs_may_repeat_their_padding():
-    features = [{"input_ids": [4, 5, 0], "attention_mask": [1, 1, 0], "labels": [4, 5, 0]}]
-    assert_same_packed(collate(features)["labels"], [torch.tensor([4, 5])])
+    assert_same_packed(collate(features)["labels"], list(map(torch.tensor, expected)))
+    if len(labels) == 1:
+        stacked = DataCollatorForPackedSequence(tensor_keys=["labels"])(features)["labels"]
+        assert torch.equal(stacked, torch.tensor(labels))  # uncut
 
 
 def test_a_mask_must_not_cut_off_labels():
@@ -147,10 +140,7 @@ def test_a_mask_must_not_cut_off_labels():
         ([{"x": []}], "'x' of row 0 is empty"),
         ([{"x": [1]}, {"x": 1}], "'x' of row 1 must be a sequence, found the number 1"),
         ([{"x": 1}, {"x": [1]}], r"'x' of row 1 has shape \[1\], but row 0 has \[\]"),
-        (
-            [{"x": [[1.0, 2.0]]}, {"x": [[1.0]]}],
-            r"'x' of row 1 has steps of shape \[1\], but row 0 has \[2\]",
-        ),
+        ([{"x": [[1.0, 2.0]]}, {"x": [[1.0]]}], r"'x' of row 1 has steps of shape \[1\], but row 0 has \[2\]"),
         ([{"x": [1]}, {"x": [[1.0], [1.0, 2.0]]}], "'x' of row 1 must be a number, or evenly nested numbers"),
         ([{"x": [1]}, {"x": "text"}], "'x' of row 1 must be a number, or evenly nested numbers"),
         ([{"x": [1]}, {"x": None}], "'x' of row 1 must be a number, or evenly nested numbers"),
@@ -182,7 +172,7 @@ def test_dtypes_with_a_common_one_promote():
         ({"packed_keys": ["a", "b"], "tensor_keys": ["b"]}, r"must not share a key, found \['b'\]"),
     ],
 )
-def test_options_that_contradict(options, message):
+def test_options_that_contradict_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         DataCollatorForPackedSequence(**options)
 
@@ -204,16 +194,3 @@ def test_trains_on_datasets_rows_with_unused_columns(tmp_path, workers):
     found = train(tmp_path, model(), datasets.Dataset.from_list(listed), collate, **options)
     expected = train(tmp_path, model(), data, packed_batch, **options)
     assert_same_run(found, expected)
-
-
-def test_the_name_is_public_and_lazy():
-    code = (
-        "import sys, hf_packfix\n"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules, 'heavy import'\n"
-        "assert 'DataCollatorForPackedSequence' in dir(hf_packfix) and hf_packfix.__all__\n"
-        "hf_packfix.DataCollatorForPackedSequence()\n"
-        "import transformers.trainer\n"
-        "assert hf_packfix.is_enabled()\n"
-        "assert not [m for m in sys.modules if m.startswith('hf_packfix.models')], 'models imported'\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 import hf_packfix
 from hf_packfix import DataCollatorForPackedSequence
 from tests.support.oracle import (
+    DropsIndices,
     Tagger,
     assert_same_run,
     by_length,
@@ -23,7 +24,7 @@ from tests.support.oracle import (
     stock,
     train,
 )
-from tests.support.same import assert_same_packed
+from tests.support.packed_sequences import assert_same_packed
 
 collate = DataCollatorForPackedSequence()
 
@@ -82,9 +83,12 @@ def test_packed_rows_train_like_the_padded_ones(tmp_path):
         assert_same_run(found, train(tmp_path, Tagger, rows(), padded_batch))
 
 
-def test_refusals_of_packed_rows():
+def test_packed_rows_that_do_not_fit_are_refused():
     packed = pack_sequence([torch.ones(3), torch.ones(2)])
+    # All four fields have one shape, and would pass for four numbers.
+    one_step = pack_sequence([torch.tensor([5])], enforce_sorted=False)
     for features, message in (
+        ([{"x": [1, 2]}, {"x": one_step}], "'x' of row 0 is not a PackedSequence, but that of another row is"),
         ([{"x": packed}, {"x": [1.0]}], "'x' of row 1 is not a PackedSequence, but that of another row is"),
         (
             [{"x": packed}, {"x": packed._replace(data=torch.ones(4))}],
@@ -130,16 +134,6 @@ def test_sorted_rows_train_without_index_tensors(tmp_path, make):
     found = train(tmp_path, Tagger, data, sort)
     with stock():
         assert_same_run(found, train(tmp_path, Tagger, rows(), by_length(padded_batch)))
-
-
-class DropsIndices(Tagger):
-    """Rebuilds its packed logits as one did before torch 1.1, when there were no index tensors."""
-
-    def forward(self, input_ids: Any = None, labels: Any = None, attention_mask: Any = None, **options: Any) -> Any:
-        result = super().forward(input_ids, labels, attention_mask, **options)
-        if isinstance(result.logits, PackedSequence):
-            result["logits"] = PackedSequence(result.logits.data, result.logits.batch_sizes)
-        return result
 
 
 def test_a_model_that_drops_the_index_tensors_is_evaluated_in_order(tmp_path):
@@ -228,7 +222,7 @@ def test_errors_count_the_rows_that_were_dropped():
         drop([{"x": []}, {"x": [[1]]}, {"x": [[1, 2]]}])
 
 
-def test_a_batch_of_nothing():
+def test_a_batch_of_which_nothing_is_left_is_an_error():
     with pytest.raises(
         ValueError, match=r"each of the 2 rows of the batch has a sequence without steps in one of \['x'"
     ):

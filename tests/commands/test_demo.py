@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.interpreters import python
 
 pytestmark = pytest.mark.slow  # starts many processes
 
 
 def demo(directory, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "hf_packfix", "demo", *arguments],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return python("-m", "hf_packfix", "demo", *arguments, cwd=directory, limit=600)
 
 
 #: The lines before the last one, which must be all that compares the two runs.
@@ -63,7 +58,7 @@ def test_the_output_is_short(tmp_path):
     assert [line for line in bars if re.match(r"\s*\d+%", line)] == []  # every bar has a name
 
 
-def test_no_plot(tmp_path):
+def test_no_plot_writes_no_picture(tmp_path):
     result = demo(tmp_path, "--epochs", "1", "--no-plot")
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "demo_output/demo.png").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,19 +19,15 @@ from hf_packfix.commands.trainers import handled_apart, try_trainer
 from hf_packfix.models import modeling_recurrent as modeling
 from hf_packfix.models.selftest import CHECKS
 from hf_packfix.patches import FAST_RNN, PATCHES
-from tests.support.interpreters import environment
+from tests.support.interpreters import environment, python
 
 
 def doctor(tmp_path, *arguments, before=""):
     """Return the exit status and the report of a doctor in an interpreter of its own."""
-    code = (
-        f"{before}\nimport sys; from hf_packfix.commands.cli import main\n"
-        f"sys.exit(main(['doctor', '--json', *sys.argv[1:]]))"
-    )
-    env = environment()
-    env["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"
-    command = [sys.executable, "-c", code, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, check=False)
+    code = f"{before}\nimport sys; from hf_packfix.commands.cli import main; "
+    code += "sys.exit(main(['doctor', '--json', *sys.argv[1:]]))"
+    path = os.pathsep.join([environment()["PYTHONPATH"], str(tmp_path)])
+    result = python("-c", code, *arguments, env={"PYTHONPATH": path})
     return result.returncode, json.loads(result.stdout)
 
 
@@ -46,18 +41,48 @@ def test_a_trainer_that_cannot_be_imported(tmp_path):
 
 def printed(*arguments, cwd=None, **variables):
     """Return what ``hf-packfix doctor`` as a user starts it: its exit status, lines and stderr."""
-    command = [Path(sys.executable).parent / "hf-packfix", "doctor", *arguments]
-    env = environment() | variables
-    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, check=False, cwd=cwd)
+    script = Path(sys.executable).parent / "hf-packfix"
+    result = python(script, "doctor", *arguments, env=variables, cwd=cwd)
     return result.returncode, result.stdout.splitlines(), result.stderr
 
 
-def test_the_verdict_is_the_first_line_and_problems_follow():
-    status, lines, _ = printed("--import", "json", "--import", "gone")
+MINE = """
+import functools
+from transformers import Trainer, Seq2SeqTrainer
+
+def logged(method):
+    @functools.wraps(method)
+    def logs(*args, **kwargs):
+        return method(*args, **kwargs)
+    return logs
+
+class A(Trainer):
+    def prediction_step(self, *args, **kwargs): pass
+    def other(self): pass
+class B(A):
+    # As the original does for what is nested: a call of itself is no call of super().
+    def _prepare_input(self, data): return [self._prepare_input(item) for item in data]
+class C(Seq2SeqTrainer): pass
+class D(C):
+    @logged
+    def prediction_step(self, *args, **kwargs): return super().prediction_step(*args, **kwargs)
+    def floating_point_ops(self, inputs): return [Trainer.floating_point_ops(self, i) for i in [inputs]][0]
+"""
+
+
+def test_the_verdict_is_the_first_line_and_problems_follow(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)  # in the working directory
+    status, lines, _ = printed("--import", "json", "--import", "gone", "--import", "mine", cwd=tmp_path)
     assert status == 1
     assert lines[0] == "not healthy"
     assert lines[1] == "problem: --import gone: ModuleNotFoundError: No module named 'gone'"
     assert lines[2].startswith("warning: --import json: found no Trainer subclass")
+    assert (
+        "warning: _prepare_input does not call super() in mine.B, so the patch of Trainer._prepare_input does not act "
+        "there. Without the patch: "
+    ) in "\n".join(lines)
+    assert "  mine.A: prediction_step (does not call super())" in lines
+    assert "  mine.C: none" in lines
 
 
 def test_the_report_is_a_page_and_every_patch_has_a_line_on_request():
@@ -84,21 +109,39 @@ def test_off_is_a_verdict_and_an_exit_status_of_its_own():
     assert "HF_PACKFIX is '0': no program is patched" in lines
 
 
-def test_modules_of_the_working_directory_are_found(tmp_path):
-    (tmp_path / "mytrainers.py").write_text(
-        "from transformers import Trainer\nclass Mine(Trainer):\n    def floating_point_ops(self, inputs): return 0\n"
-    )
-    status, lines, _ = printed("--import", "mytrainers", cwd=tmp_path)
-    assert (status, lines[0]) == (0, "healthy")
-    assert lines[1] == (
-        "warning: floating_point_ops does not call super() in mytrainers.Mine, so the patch of "
-        "Trainer.floating_point_ops does not act there. Without the patch: asks the main input for numel(), which a "
-        "PackedSequence does not have. With it: counts the real tokens."
-    )
-    assert "  mytrainers.Mine: floating_point_ops (does not call super())" in lines
+def test_what_trainers_override_is_listed(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    status, report = doctor(tmp_path, "--import", "mine")
+    assert status == 0
+    assert report["trainers"] == {
+        "mine.A": {"prediction_step": False},
+        "mine.B": {"_prepare_input": False},
+        "mine.C": {},
+        "mine.D": {"floating_point_ops": True, "prediction_step": True},
+    }
+    moves, predicts = sorted(report["warnings"])
+    assert moves.startswith("_prepare_input does not call super() in mine.B, so the patch of Trainer._prepare_input ")
+    assert predicts.startswith("prediction_step does not call super() in mine.A, ")
 
 
-def test_the_models_are_tried():
+def test_what_cannot_be_imported_is_named(tmp_path):
+    # A package that loads its Trainers when they are asked for, as trl does; one of them cannot be.
+    (tmp_path / "lazy").mkdir()
+    (tmp_path / "lazy/__init__.py").write_text(
+        "def __dir__(): return ['SomeTrainer', 'OtherTrainer', 'other']\n"
+        "def __getattr__(name):\n"
+        "    if name == 'OtherTrainer': raise ImportError('needs\\nmore')\n"
+        "    if name != 'SomeTrainer': raise AttributeError(name)\n"
+        "    from lazy.some import SomeTrainer\n"
+        "    return SomeTrainer\n"
+    )
+    (tmp_path / "lazy/some.py").write_text("from transformers import Trainer\nclass SomeTrainer(Trainer): pass\n")
+    status, report = doctor(tmp_path, "--import", "lazy")
+    assert (status, report["trainers"]) == (0, {"lazy.some.SomeTrainer": {}})
+    assert report["warnings"] == ["lazy.OtherTrainer cannot be loaded: ImportError: needs more"]
+
+
+def test_a_healthy_report_has_tried_the_models():
     report = examine([])
     assert (report.healthy, report.problems) == (True, [])
     assert report.models == dict.fromkeys(CHECKS, "passed")
@@ -168,13 +211,7 @@ def test_the_variable_of_the_fast_layers(value, line, problems):
         "from hf_packfix.commands import doctor; doctor._check_models, doctor.try_trainer = dict, {}.clear\n"
         "doctor.run([], as_json=True); doctor.run([], as_json=False)"
     )
-    env = environment()
-    env.pop("HF_PACKFIX_FAST_RNN", None)
-    if value is not None:
-        env["HF_PACKFIX_FAST_RNN"] = value
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=240, check=True
-    )
+    result = python("-c", code, env={} if value is None else {"HF_PACKFIX_FAST_RNN": value})
     report, end = json.JSONDecoder().raw_decode(result.stdout)
     text = result.stdout[end:].splitlines()
     assert report["problems"] == problems

@@ -123,7 +123,7 @@ def test_a_program_sees_what_it_sees_under_python(environment, folder, form):
     assert (without_pipe(ours[0]), *ours[1:]) == (without_pipe(plain[0]), *plain[1:])
 
 
-def test_process_substitution(environment, folder):
+def test_process_substitution_gives_the_program_as_under_python(environment, folder):
     write(folder, environment, SHOWS)
     found = []
     for command in ([], RUN):
@@ -148,7 +148,7 @@ def test_process_substitution(environment, folder):
         *itertools.product(["script", "-m"], [["-E"], ["-X", "dev"], ["-O"]]),
     ],
 )
-def test_under_the_options_of_python(environment, folder, form, flags):
+def test_options_of_python_mean_what_they_mean_under_python(environment, folder, form, flags):
     if flags == ["-P"] and "unknown option" in environment.run("-P", "-c", "").stderr.lower():
         pytest.skip("this Python has no -P")
     program = "import sys; print(sys.path, sys.flags, __debug__)"
@@ -204,7 +204,7 @@ def test_a_file_that_python_cannot_read(environment, folder, source):
     assert "Traceback" not in result.stderr
 
 
-def test_a_package_that_fails(environment, folder):
+def test_a_package_that_fails_fails_as_under_python(environment, folder):
     (folder / "package/__init__.py").write_text("import no_such_module")
     plain, ours = both(environment, folder, "", ["-m", "package.program"])
     assert ours == plain
@@ -224,7 +224,7 @@ ON = "import hf_packfix, os, sys; print(hf_packfix.status().reason, os.environ['
 
 
 @pytest.mark.parametrize(("variable", "value"), [(None, "1"), ("0", "1"), ("maybe", "1"), ("force", "force")])
-def test_the_plugin_is_on(environment, variable, value):
+def test_the_plugin_is_on_whatever_the_variable_says(environment, variable, value):
     result = environment.run(*RUN, "-c", ON, variable=variable)
     assert result.stdout == f"activated by hf-packfix run {value} False\n", result.stderr
 
@@ -240,12 +240,12 @@ def test_the_status_of_a_program_when_it_has_ended(environment, folder, end):
     assert "pending        transformers.trainer:Trainer._prepare_input\n" in status
 
 
-def test_without_start_up_files(environment, folder):
+def test_run_needs_no_start_up_files(environment, folder):
     result = environment.run("-S", *RUN, "-c", ON, env={"PYTHONPATH": str(environment.site)})
     assert (result.stdout, result.stderr) == ("activated by hf-packfix run 1 False\n", "")
 
 
-def test_from_a_zip_application(environment, folder):
+def test_a_zip_application_runs_programs(environment, folder):
     (folder / "build").mkdir()
     install(folder / "build")
     (folder / "build/__main__.py").write_text("import sys; from hf_packfix.commands.cli import main; sys.exit(main())")
@@ -285,7 +285,7 @@ def test_from_a_zip_application(environment, folder):
         (["empty"], "can't find '__main__' module in '{folder}/empty'"),
     ],
 )
-def test_wrong_usage(environment, folder, words, message):
+def test_wrong_usage_is_named_with_what_to_do(environment, folder, words, message):
     (folder / "empty").mkdir()
     (folder / "train.py").touch()
     result = environment.run(*RUN, *words, cwd=folder)
@@ -334,10 +334,11 @@ def test_an_unsupported_version_is_named(environment, folder):
         old.write_text(text)
 
 
-def test_help(environment):
+def test_help_says_what_run_does(environment):
     result = environment.run(*RUN, "--help")
     assert result.returncode == 0
     assert "even if HF_PACKFIX=0 is set" in " ".join(result.stdout.split())
     assert "  -m MODULE" in result.stdout
     assert "run a script, a module or code" in environment.run("-m", "hf_packfix", "--help").stdout
+    assert "invalid choice: 'walk'" in environment.run("-m", "hf_packfix", "walk").stderr
     assert environment.run("-m", "hf_packfix", "-V").stdout.startswith("hf-packfix ")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "hf_packfix/docs/examples"
+from tests.support.interpreters import ROOT, python
+
+EXAMPLES = ROOT / "hf_packfix/docs/examples"
 #: What the number in the last line must reach, far from a guess; a guess of `forecasting` is 1, and less is better.
 BARS = {
     "sequence_classification": 0.95,
@@ -32,15 +29,8 @@ def test_every_example_has_a_bar():
 def test_the_example_learns(tmp_path, name):
     if name == "onnx_serving":
         pytest.importorskip("onnxruntime")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_PACKFIX")}
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**environment, "ACCELERATE_USE_CPU": "true"},
-        check=False,
-    )
+    variables = {"ACCELERATE_USE_CPU": "true"}
+    result = python(EXAMPLES / f"{name}.py", cwd=tmp_path, env=variables, measured=True, limit=600)
     assert result.returncode == 0, result.stderr
     reached = float(result.stdout.splitlines()[-1].rpartition(": ")[2])
     assert reached <= BARS[name] if name == "forecasting" else reached >= BARS[name]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from hf_packfix.activation import versions
+from tests.support.interpreters import ROOT, python
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "hf_packfix/docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 TEXTS = {page.stem: page.read_text(encoding="utf-8") for page in PAGES}
@@ -29,21 +27,18 @@ THE_FIX = "README-0"
 LAST_NUMBER = {THE_FIX: (0.95, 1.0), "evaluation-0": (0.95, 1.0), "distributed-0": (0.0, 0.2)}
 
 
-def run(directory: Path, code: str) -> str:
-    """Run a block as a script of its own and return what it prints."""
+def run(directory: Path, code: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a block as a script of its own, and check its exit status."""
     (directory / "block.py").write_text(code, encoding="utf-8")
-    environment = {k: v for k, v in os.environ.items() if k != "HF_PACKFIX"} | {"ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(
-        [sys.executable, "block.py"], cwd=directory, capture_output=True, text=True, env=environment, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    result = python("block.py", cwd=directory, env={"ACCELERATE_USE_CPU": "true"}, measured=True, limit=600)
+    assert result.returncode == status, result.stdout + result.stderr
+    return result
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block_runs_and_prints_what_the_page_says(tmp_path, name):
     code = BLOCKS[name]
-    printed = run(tmp_path, code).splitlines()
+    printed = run(tmp_path, code).stdout.splitlines()
     lines = iter(printed)
     for comment in PRINTED.findall(code):
         assert any(line and comment.startswith(line) for line in lines), comment
@@ -60,17 +55,14 @@ def test_the_accuracy_that_the_readme_shows():
 
 @pytest.mark.slow
 def test_digits_are_reversed(tmp_path):
-    assert float(run(tmp_path, SLOW).splitlines()[-1]) >= 0.98
+    assert float(run(tmp_path, SLOW).stdout.splitlines()[-1]) >= 0.98
 
 
 def test_the_fix_needs_the_plugin(tmp_path):
     without = BLOCKS[THE_FIX].replace("import hf_packfix  # the one line\n", "")
     assert without != BLOCKS[THE_FIX]
-    (tmp_path / "block.py").write_text(without, encoding="utf-8")
-    result = subprocess.run([sys.executable, "block.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode != 0
     error = "AssertionError: Expected data to be a list or tuple of length 2"
-    assert error in result.stderr
+    assert error in run(tmp_path, without, status=1).stderr
     assert error in TEXTS["README"]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,14 @@ from datasets import Dataset
 from packaging.version import Version
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
-from torch.utils.data import IterableDataset
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 import hf_packfix
 from hf_packfix import DataCollatorForPackedSequence, batch_size, concatenate, with_data
 from hf_packfix.activation import versions
 from hf_packfix.models import RecurrentCache, RecurrentConfig, RecurrentForSequenceClassification
-from tests.support.interpreters import environment
+from tests.support.interpreters import python
+from tests.support.reports import Stream
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "hf_packfix/docs/troubleshooting.md").read_text(encoding="utf-8")
@@ -70,11 +68,6 @@ class HandMade(Trainer):
         return super()._prepare_input(data)
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(ROWS)
-
-
 @pytest.fixture
 def trainer(tmp_path):
     """Return a function that makes a Trainer."""
@@ -106,18 +99,18 @@ def fails_with(text: str, function: Callable[[], Any]) -> None:
     assert text in f"{type(caught.value).__name__}: {caught.value}"
 
 
-def test_without_the_plugin(trainer):
+def test_the_errors_of_stock_are_gone_with_the_plugin(trainer):
     hf_packfix.disable()
     fails_with("Expected data to be a list or tuple of length 2", trainer().train)
     fails_with("'PackedSequence' object has no attribute 'numel'", trainer(cls=HandMade).train)
-    fails_with("'TensorInformation' object has no attribute 'device'", trainer(rows=Stream(), cls=HandMade).train)
+    fails_with("'TensorInformation' object has no attribute 'device'", trainer(rows=Stream(ROWS), cls=HandMade).train)
     hf_packfix.enable()
     trainer().train()
     trainer(cls=HandMade).train()
-    trainer(rows=Stream()).train()
+    trainer(rows=Stream(ROWS)).train()
 
 
-def test_code_that_takes_it_for_a_tensor(trainer):
+def test_code_that_takes_it_for_a_tensor_fails_as_the_page_says(trainer):
     pooled = trainer(Model(lambda steps, labels: {"loss": steps.mean(1)}))
     fails_with("'PackedSequence' object has no attribute 'mean'", pooled.train)
     for name in re.findall(r"`(\w+)`", PAGE.partition("'mean'")[2].partition("|")[0]):
@@ -126,7 +119,7 @@ def test_code_that_takes_it_for_a_tensor(trainer):
     fails_with("tuple indices must be integers or slices, not tuple", last.train)
 
 
-def test_layers_that_take_tensors():
+def test_layers_that_take_tensors_take_the_data():
     linear, embedding = nn.Linear(3, 4), nn.Embedding(3, 4)
     fails_with("linear(): argument 'input' (position 1) must be Tensor, not PackedSequence", lambda: linear(PACKED))
     assert with_data(PACKED, linear(PACKED.data)).data.shape == (len(PACKED.data), 4)
@@ -136,7 +129,7 @@ def test_layers_that_take_tensors():
             layer(packed)
 
 
-def test_packed_labels(trainer):
+def test_packed_labels_stack_as_the_page_says(trainer):
     rows = [{**row, "labels": [0.0, 1.0]} for row in ROWS]
     text = "cross_entropy_loss(): argument 'target' (position 2) must be Tensor, not PackedSequence"
     fails_with(text, trainer(rows=rows).train)
@@ -191,10 +184,7 @@ def test_arithmetic_of_tuples():
 
 @pytest.mark.parametrize(
     ("enforce_sorted", "text"),
-    [
-        (False, "INDICES element is out of DATA bounds"),
-        (True, "Expected hidden size (1, 5, 2), got [1, 4, 2]"),
-    ],
+    [(False, "INDICES element is out of DATA bounds"), (True, "Expected hidden size (1, 5, 2), got [1, 4, 2]")],
 )
 def test_an_initial_state_for_len_sequences(enforce_sorted, text):
     rows = [torch.ones(5 - number, 3) for number in range(5)]
@@ -204,7 +194,7 @@ def test_an_initial_state_for_len_sequences(enforce_sorted, text):
     gru(x, torch.zeros(1, batch_size(x), 2))
 
 
-def test_rows_from_numpy(trainer):
+def test_float64_rows_fail_until_they_are_cast(trainer):
     x = pack_sequence([torch.from_numpy(np.ones((2, 3)))])
     fails_with("RNN input dtype (torch.float64) does not match weight dtype (torch.float32)", lambda: nn.GRU(3, 4)(x))
     fails_with("mat1 and mat2 must have the same dtype, but got Double and Float", lambda: nn.LSTM(3, 4)(x))
@@ -214,7 +204,7 @@ def test_rows_from_numpy(trainer):
     trainer(rows=[{**row, "x": row["x"].astype("float32")} for row in double]).train()
 
 
-def test_rows_without_labels(trainer):
+def test_rows_without_labels_need_a_model_without_them(trainer):
     class NeedsLabels(Model):
         def forward(self, x, labels):
             return super().forward(x, labels)
@@ -235,7 +225,7 @@ def test_rows_without_labels(trainer):
     assert trainer(Optional()).predict(unlabelled).predictions.shape == (4, 2)
 
 
-def test_compiled_code(trainer):
+def test_compiled_code_needs_with_data(trainer):
     class Replaced(Model):
         def forward(self, x, labels=None):
             return super().forward(x._replace(data=x.data * 2), labels)
@@ -249,7 +239,7 @@ def test_compiled_code(trainer):
     trainer(WithData(), **eager).train()
 
 
-def test_outputs_that_cannot_be_joined(trainer):
+def test_outputs_that_cannot_be_joined_are_left_out_or_kept_apart(trainer):
     class Attentive(Model):
         def forward(self, x, labels=None):
             states = hf_packfix.pad(self.gru(x)[0])
@@ -280,7 +270,7 @@ def test_outputs_that_cannot_be_joined(trainer):
         trainer(WithState(), **small).predict(rows)
 
 
-def test_rows_grouped_by_length(trainer):
+def test_rows_are_grouped_by_length_with_the_plugin(trainer):
     grouped = {"train_sampling_strategy": "group_by_length"}
     text = "Can only automatically infer lengths for datasets whose items are dictionaries with an 'input_ids' key"
     with hf_packfix.disabled():
@@ -288,18 +278,17 @@ def test_rows_grouped_by_length(trainer):
     trainer(**grouped).train()
 
 
-def test_a_saved_model_without_the_plugin(tmp_path):
+def test_a_saved_model_loads_with_the_plugin_or_the_models(tmp_path):
     RecurrentForSequenceClassification(RecurrentConfig(vocab_size=9, hidden_size=4)).save_pretrained(tmp_path)
     program = "from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1])"
     text = "model type `recurrent` but Transformers does not recognize this architecture"
     assert text in PAGE
     for before, expected in (("", text), ("import hf_packfix; ", ""), ("import hf_packfix.models; ", "")):
-        command = [sys.executable, "-c", f"import sys; {before}{program}", str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+        done = python("-c", f"import sys; {before}{program}", tmp_path)
         assert (expected in done.stderr) if expected else done.returncode == 0, done.stderr
 
 
-def test_no_eval_loss(trainer):
+def test_label_names_bring_the_eval_loss_back(trainer):
     assert "no `eval_loss`" in PAGE
     rows = [{"x": row["x"], "targets": row["labels"]} for row in ROWS]
     assert "`HFPackfixWarning`" in PAGE
@@ -308,7 +297,7 @@ def test_no_eval_loss(trainer):
     assert "eval_loss" in trainer(WithTargets(), rows, label_names=["targets"]).evaluate()
 
 
-def test_several_gpus_in_one_process(trainer):
+def test_several_gpus_in_one_process_are_refused(trainer):
     alone = trainer()
     alone.args._n_gpu = 2
     start, _, end = re.search(r"`(nn\.DataParallel) (\.\.\.) (cannot [^`]*)`", PAGE).groups()
@@ -316,7 +305,7 @@ def test_several_gpus_in_one_process(trainer):
         alone.train()
 
 
-def test_neftune(trainer):
+def test_neftune_fails_as_the_page_says(trainer):
     model = RecurrentForSequenceClassification(RecurrentConfig(vocab_size=9, hidden_size=4))
     rows = [{"input_ids": [1, 2, 3], "labels": 1}] * 4
     assert "`IndexError: Dimension out of range` with NEFTune" in PAGE
@@ -324,13 +313,13 @@ def test_neftune(trainer):
         trainer(model, rows, neftune_noise_alpha=5.0).train()
 
 
-def test_inconsistent(trainer):
+def test_inconsistent_fields_are_named(trainer):
     broken = PackedSequence(torch.ones(5, 3), torch.tensor([2, 2]))
     batch = {"x": broken, "labels": torch.tensor([0, 1])}
     fails_with("this PackedSequence is inconsistent", trainer(collator=lambda rows: batch).train)
 
 
-def test_too_old(monkeypatch):
+def test_an_old_release_is_refused_by_name(monkeypatch):
     monkeypatch.setitem(versions.MINIMUM, "transformers", "99.0")
     assert "`UnsupportedVersionError`" in PAGE
     with pytest.raises(hf_packfix.UnsupportedVersionError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoTokenizer, pipeline
 
 from hf_packfix.models import (
@@ -13,10 +14,11 @@ from hf_packfix.models import (
     RecurrentEncoderDecoderConfig,
     RecurrentForSequenceClassification,
 )
-from tests.support import programs
+from tests.support.interpreters import execute
+from tests.support.layouts import run
 
 WORDS = ["[PAD]", "[UNK]", "the", "film", "was", "good", "bad"]
-TEXTS = ["the film was good", "bad"]
+TEXTS = ["the film was good", "bad", "the film was bad and good and bad"]
 
 
 @pytest.fixture
@@ -30,11 +32,24 @@ def saved(tmp_path):
     )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
-    config = RecurrentConfig("lstm", vocab_size=len(WORDS), hidden_size=4, pad_token_id=0)
+    config = RecurrentConfig("lstm", vocab_size=len(WORDS), hidden_size=4, pad_token_id=0, num_labels=2)
     RecurrentForSequenceClassification(config).save_pretrained(tmp_path)
     other = RecurrentEncoderDecoderConfig(vocab_size=5, hidden_size=4, pad_token_id=0)
     RecurrentEncoderDecoder(other).save_pretrained(tmp_path / "other")
     return tmp_path
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_pipeline_gives_each_text_of_a_batch_the_scores_it_has_alone(saved, side):
+    model = RecurrentForSequenceClassification.from_pretrained(saved)
+    classify = pipeline("text-classification", model=str(saved), batch_size=3, top_k=None)
+    classify.tokenizer.padding_side = side
+    for text, found in zip(TEXTS, classify(TEXTS), strict=True):
+        ids = torch.tensor([WORDS.index(word) if word in WORDS else 1 for word in text.split()])
+        final = run(model.recurrent.rnn, model.recurrent.embeddings.weight[ids])[1][-1]
+        expected = dict(enumerate(model.classifier(final).softmax(-1).tolist()))
+        scores = {int(entry["label"].removeprefix("LABEL_")): entry["score"] for entry in found}
+        assert scores == pytest.approx(expected, abs=1e-5)
 
 
 LOADS = {
@@ -53,8 +68,7 @@ def test_a_saved_model_loads_in_a_process_with_the_plugin(saved, name):
     lines = ["import hf_packfix", f"from transformers import {name}", "import sys", f"folder = {str(saved)!r}", ""]
     # Turned on before transformers is imported, or after it.
     code = "\n".join(lines if name == "pipeline" else [lines[1], lines[0], *lines[2:]])
-    done = programs.run(f"{code}assert 'hf_packfix.models' not in sys.modules\n{LOADS[name]}")
-    assert done.returncode == 0, done.stderr
+    done = execute(f"{code}assert 'hf_packfix.models' not in sys.modules\n{LOADS[name]}")
     expected = {
         "pipeline": [result["score"] for result in pipeline("text-classification", model=str(saved))(TEXTS)],
         "AutoConfig": "RecurrentConfig",
@@ -68,12 +82,12 @@ def test_a_saved_model_loads_in_a_process_with_the_plugin(saved, name):
 
 def test_without_the_plugin_the_saved_files_say_what_to_import(saved):
     load = f"from transformers import AutoConfig; print(AutoConfig.from_pretrained({str(saved)!r}).model_type)"
-    done = programs.run(load, HF_PACKFIX="0")
+    done = execute(load, status=1, HF_PACKFIX="0")
     assert "model type `recurrent`" in done.stderr
     for folder in (saved, saved / "other"):
         requires = json.loads((folder / "config.json").read_text(encoding="utf-8"))["requires"]
         assert requires == "import hf_packfix.models (pip install hf-packfix)"
-    done = programs.run(f"{requires.partition(' (')[0]}\n{load}", HF_PACKFIX="0")
+    done = execute(f"{requires.partition(' (')[0]}\n{load}", HF_PACKFIX="0")
     assert done.stdout.splitlines()[-1:] == ["recurrent"], done.stderr
 
 

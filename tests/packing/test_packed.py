@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import pytest
 import torch
-from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence, unpack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from hf_packfix.packing import jagged, packed, trees
-from hf_packfix.patches.transformers_trainer import _countable_packed_sequence
-
-
-class Pair(NamedTuple):
-    first: Any
-    second: Any
-
-
-LENGTHS = [[1], [5], [1, 1, 1], [2, 7, 2, 1], [3, 3, 9, 1, 9], [4, 3, 2, 1]]
-KINDS = [(torch.float32, ()), (torch.float64, (3,)), (torch.int64, ()), (torch.bool, (2, 2))]
+from tests.support.packed_sequences import Pair, assert_same_fields
 
 
 def sequences(lengths: list[int], dtype: torch.dtype, trailing: tuple[int, ...]) -> list[torch.Tensor]:
@@ -28,68 +17,11 @@ def sequences(lengths: list[int], dtype: torch.dtype, trailing: tuple[int, ...])
     return [torch.randint(0, 9, (n, *trailing), generator=generator).to(dtype) for n in lengths]
 
 
-def assert_equal(found: PackedSequence, expected: PackedSequence) -> None:
-    for name, left, right in zip(PackedSequence._fields, found, expected, strict=True):
-        if right is None:
-            assert left is None, name
-        else:
-            assert left.dtype == right.dtype, name
-            assert torch.equal(left, right), name
-
-
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize(("dtype", "trailing"), KINDS)
-class TestAgainstAListOfSequences:
-    def test_counts(self, lengths, dtype, trailing):
-        batch = pack_sequence(sequences(lengths, dtype, trailing), enforce_sorted=False)
-        assert packed.batch_size(batch) == len(lengths)
-        assert packed.num_tokens(batch) == sum(lengths)
-        assert packed.lengths(batch).tolist() == lengths
-
-    def test_pad(self, lengths, dtype, trailing):
-        pieces = sequences(lengths, dtype, trailing)
-        batch = pack_sequence(pieces, enforce_sorted=False)
-        expected = pad_sequence(pieces, batch_first=True, padding_value=1)
-        assert torch.equal(packed.pad(batch, 1), expected)
-        longer = packed.pad(batch, 1, total_length=12)
-        assert longer.shape[1] == 12
-        assert torch.equal(longer[:, : max(lengths)], expected)
-        assert (longer[:, max(lengths) :] == 1).all()
-
-    def test_flat_and_back(self, lengths, dtype, trailing):
-        pieces = sequences(lengths, dtype, trailing)
-        packed = pack_sequence(pieces, enforce_sorted=False)
-        flat, found = jagged.to_jagged(packed)
-        assert torch.equal(flat, torch.cat(pieces))
-        assert_equal(jagged.from_jagged(flat, found), packed)
-
-    def test_take(self, lengths, dtype, trailing):
-        pieces = sequences(lengths, dtype, trailing)
-        batch = pack_sequence(pieces, enforce_sorted=False)
-        count = len(pieces)
-        for which in (slice(0, 1), slice(1, None), slice(-2, 99), slice(None, None, 2)):
-            kept = pieces[which]
-            if kept:
-                assert_equal(jagged.take(batch, which), pack_sequence(kept, enforce_sorted=False))
-            else:
-                assert packed.batch_size(jagged.take(batch, which)) == 0
-        backwards = list(reversed(range(count)))
-        assert_equal(jagged.take(batch, backwards), pack_sequence(pieces[::-1], enforce_sorted=False))
-
-    def test_concatenate(self, lengths, dtype, trailing):
-        pieces = sequences(lengths, dtype, trailing)
-        others = sequences([2, 6], dtype, trailing)
-        found = jagged.concatenate(
-            [pack_sequence(pieces, enforce_sorted=False), pack_sequence(others, enforce_sorted=False)]
-        )
-        assert_equal(found, pack_sequence(pieces + others, enforce_sorted=False))
-
-
 def test_sorted_packed_sequences_keep_their_missing_indices_while_they_stay_sorted():
     pieces = sequences([4, 3, 1], torch.int64, ())
     packed = pack_sequence(pieces)
-    assert_equal(jagged.take(packed, slice(1, 3)), pack_sequence(pieces[1:]))
-    assert_equal(jagged.concatenate([packed, jagged.take(packed, [2])]), pack_sequence([*pieces, pieces[2]]))
+    assert_same_fields(jagged.take(packed, slice(1, 3)), pack_sequence(pieces[1:]))
+    assert_same_fields(jagged.concatenate([packed, jagged.take(packed, [2])]), pack_sequence([*pieces, pieces[2]]))
     unsorted = jagged.concatenate([packed, packed])
     assert unsorted.sorted_indices is not None
     assert all(map(torch.equal, unpack_sequence(unsorted), pieces + pieces))
@@ -102,7 +34,7 @@ def test_pad_passes_gradients():
     assert data.grad.sum() == 2  # the two steps of the first sequence, and no padding
 
 
-def test_same_packing():
+def test_the_same_packing_is_the_same_lengths_in_the_same_order():
     pieces = sequences([2, 3, 3], torch.int64, ())
     batch = pack_sequence(pieces, enforce_sorted=False)
     assert packed.same_packing(batch, batch._replace(data=batch.data * 2))
@@ -112,6 +44,10 @@ def test_same_packing():
     in_order = pack_sequence([pieces[1], pieces[0]])
     explicit = PackedSequence(in_order.data, in_order.batch_sizes, torch.tensor([0, 1]))
     assert packed.same_packing(in_order, explicit)
+    of_one_length = pack_sequence(pieces[1:])
+    turned = of_one_length._replace(sorted_indices=torch.tensor([1, 0]), unsorted_indices=torch.tensor([1, 0]))
+    for first, second in ((of_one_length, turned), (turned, of_one_length)):
+        assert not packed.same_packing(first, second)
 
 
 @pytest.mark.parametrize(
@@ -191,21 +127,7 @@ def test_everything_happens_on_the_device_of_the_data(use):
     assert (found.device.type, found.shape, found.dtype) == ("meta", expected.shape, expected.dtype)
 
 
-def test_lengths_of_a_sorted_packed_sequence():
-    found = packed.lengths(pack_sequence(sequences([4, 3, 3, 1], torch.float32, ())))
-    assert (found.tolist(), found.dtype) == ([4, 3, 3, 1], torch.int64)
-
-
-def test_packings_that_differ_in_indices_alone():
-    pieces = sequences([3, 3, 2], torch.int64, ())
-    in_order = pack_sequence(pieces)
-    swapped = PackedSequence(in_order.data, in_order.batch_sizes, torch.tensor([1, 0, 2]))
-    for first, second in ((in_order, swapped), (swapped, in_order)):
-        assert not packed.same_packing(first, second)
-    assert packed.same_packing(in_order, pack_sequence(pieces))
-
-
-def test_padding_on_the_left():
+def test_pad_left_puts_the_padding_first():
     pieces = [torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([4, 5, 6])]
     sequences = pack_sequence(pieces, enforce_sorted=False)
     assert packed.pad_left(sequences, 9).tolist() == [[9, 1, 2], [9, 9, 3], [4, 5, 6]]
@@ -214,7 +136,7 @@ def test_padding_on_the_left():
     assert torch.equal(packed.pad(sequences, total_length=3), packed.pad(sequences))
 
 
-def test_no_sequence_at_all():
+def test_a_packed_sequence_of_nothing_has_zero_of_everything():
     none = torch.tensor([], dtype=torch.int64)
     for keep_order in (False, True):
         empty = jagged.from_jagged(torch.ones(0, 2), none, keep_order=keep_order)
@@ -230,7 +152,7 @@ def test_nothing_is_copied_where_nothing_changes():
     for which in (slice(None), slice(0, 2), slice(0, 99), slice(-2, None)):
         assert jagged.take(batch, which) is batch
     for which in (slice(None, None, 1), [0, 1]):
-        assert_equal(jagged.take(batch, which), batch)
+        assert_same_fields(jagged.take(batch, which), batch)
     assert jagged.concatenate([batch]) is batch
     assert packed.with_data(batch, batch.data) is batch
     other = packed.with_data(batch, batch.data + 1)
@@ -294,33 +216,3 @@ def test_padding_that_does_not_fit(dtype):
 
 
 # --- a default device that is not the CPU -----------------------------------------------------------------
-
-
-def test_nothing_depends_on_the_default_device():
-    sequences = [torch.arange(n) for n in (2, 5, 1)]
-    batch, other = pack_sequence(sequences, enforce_sorted=False), pack_sequence(sequences[1::-1])
-
-    def results():
-        flat, sizes = jagged.to_jagged(batch)
-        return [
-            packed.lengths(batch),
-            packed.pad(batch, -100),
-            packed.pad_left(batch, -100),
-            flat,
-            sizes,
-            *jagged.from_jagged(flat, sizes),
-            *jagged.take(batch, [2, 0]),
-            *jagged.take(batch, slice(1, 3)),
-            *jagged.concatenate([batch, batch]),
-            torch.tensor(packed.batch_size(batch), device="cpu"),
-            torch.tensor(packed.same_packing(batch, other), device="cpu"),
-            _countable_packed_sequence()._make(batch).sum(),
-            _countable_packed_sequence()._make(batch) != 0,
-        ]
-
-    expected = results()
-    with torch.device("meta"):
-        found = results()
-    for left, right in zip(found, expected, strict=True):
-        assert left.device.type == "cpu"
-        assert torch.equal(left, right)

@@ -12,9 +12,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from hf_packfix.packing import jagged
 from hf_packfix.packing import packed as packing
-from tests.support.oracle import (
-    stock,
-)
+from tests.support.oracle import stock
 from tests.support.patched import patch_of
 
 
@@ -39,7 +37,7 @@ def sequences(packed):
     "accelerate.utils.operations:get_shape",
 )
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"x": [x, {"y": (x,)}]}], ids=["alone", "nested"])
-def test_operations(wrap):
+def test_every_operation_treats_a_packed_sequence_as_its_sequences(wrap):
     first, second, packed, other = two_packed()
 
     def leaves(tree):

@@ -1,7 +1,7 @@
-"""Packs whose fields contradict each other, and batches that do not fit together: an error, never a wrong number.
+"""Fields that contradict each other, and batches that do not fit together: an error that names the place.
 
-``torch`` checks none of this. Its constructor takes any fields, and its recurrent layers leave out rows of ``data``
-that ``batch_sizes`` do not reach, and hand a row the state of another one.
+``torch`` checks none of this. Its constructor takes any fields, and its recurrent layers train on them: they leave out
+rows of ``data`` that ``batch_sizes`` do not reach, and hand a row the state of another one.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from accelerate import Accelerator
 from accelerate.utils import operations
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
+from transformers import Trainer
 from transformers.trainer_pt_utils import (
     EvalLoopContainer,
-    LabelSmoother,
     find_batch_size,
     nested_concat,
     nested_numpify,
@@ -29,11 +30,12 @@ from transformers.trainer_pt_utils import (
 from transformers.trainer_utils import EvalPrediction
 
 import hf_packfix
-from hf_packfix import DataCollatorForPackedSequence
+from hf_packfix import evaluation
 from hf_packfix.packing import jagged, packed, trees
 from tests.support.oracle import (
     Classifier,
     PlainTagger,
+    Row,
     Tagger,
     assert_same_run,
     new_trainer,
@@ -43,6 +45,8 @@ from tests.support.oracle import (
     stock,
     train,
 )
+from tests.support.packed_sequences import Pair
+from tests.support.reports import Stream
 from tests.support.strategies import all_lengths, attack
 
 Sequences = list[list[int]]
@@ -266,29 +270,16 @@ def test_a_trainer_names_what_is_wrong(tmp_path, model, key, fault, run):
     assert str(caught.value).startswith(f"'{key}' in the batch: ")
 
 
-class Stream(torch.utils.data.IterableDataset):
-    def __iter__(self) -> Any:
-        return iter(rows(6))
-
-
 @pytest.mark.parametrize("fault", SPOILT)
 def test_the_dispatcher_of_a_stream_names_what_is_wrong(tmp_path, fault):
-    trainer = new_trainer(tmp_path, Tagger, Stream(), spoiling("input_ids", fault), max_steps=1)
+    trainer = new_trainer(tmp_path, Tagger, Stream(rows(6)), spoiling("input_ids", fault), max_steps=1)
     with pytest.raises(ValueError, match=r"^'input_ids' in the batch: this PackedSequence is inconsistent"):
         trainer.train()
 
 
-def test_torch_itself_says_nothing():
-    # Why the Trainer's batches are looked at: otherwise these train, on the wrong rows.
-    gru = torch.nn.GRU(1, 2)
-    packed = pack_sequence([torch.ones(n, 1) * n for n in (1, 3, 2)], enforce_sorted=False)
-    for fault in ("batch_sizes leave out the last row", "batch_sizes end in zero", "an index twice"):
-        gru(packed._replace(**SPOILT[fault](packed)))
-
-
 @pytest.mark.parametrize("name", ["sorted_indices", "unsorted_indices"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_index_tensors_of_another_number_of_sequences(name, device):
+def test_index_tensors_of_another_number_of_sequences_are_named(name, device):
     sequences = pack_sequence([torch.ones(n) for n in (1, 3, 2)], enforce_sorted=False)
     indices = getattr(sequences, name)
     for wrong in (indices[:-1], torch.cat([indices, indices[:1]])):
@@ -298,21 +289,10 @@ def test_index_tensors_of_another_number_of_sequences(name, device):
             packed.check(sequences._replace(**{name: wrong.to(device)}), wait=False)
 
 
-def test_packs_inside_lists_are_looked_at(tmp_path):
-    def collate(features: Any) -> Any:
-        batch = packed_batch(features)
-        packed = batch["input_ids"]
-        return {**batch, "more": [{"pair": (packed, packed._replace(data=packed.data[:-1]))}]}
-
-    trainer = new_trainer(tmp_path, PlainTagger, rows(3), collate, remove_unused_columns=False)
-    with pytest.raises(ValueError, match="'more' in the batch: this PackedSequence is inconsistent: its batch_sizes"):
-        trainer.train()
-
-
 # --- fields and sequences that do not fit together ------------------------------------------------------
 
 
-def test_data_on_another_device_than_its_indices():
+def test_indices_on_another_device_than_the_data_are_an_error_not_a_guess():
     sequences = pack_sequence([torch.arange(2), torch.arange(4)], enforce_sorted=False)
     away = sequences._replace(data=sequences.data.to("meta"))
     padded = packed.pad(away)
@@ -329,7 +309,7 @@ def test_data_on_another_device_than_its_indices():
                 use(sequences._replace(**lost))
 
 
-def test_two_devices_in_one_batch(tmp_path):
+def test_two_devices_in_one_batch_are_an_error(tmp_path):
     def collate(features: Any) -> Any:
         batch = packed_batch(features)
         return {**batch, "labels": batch["labels"]._replace(data=batch["labels"].data.to("meta"))}
@@ -358,7 +338,7 @@ def even_rows() -> Any:
     return [{key: value[:3] for key, value in row.items()} for row in rows(12) if len(row["labels"]) > 2]
 
 
-def test_logits_and_labels_in_different_orders(tmp_path):
+def test_logits_and_labels_in_different_orders_are_matched(tmp_path):
     given: dict[str, Any] = {}
 
     def metrics(name: str) -> dict[str, Any]:
@@ -375,19 +355,7 @@ def test_logits_and_labels_in_different_orders(tmp_path):
     np.testing.assert_allclose(given["packed"].predictions, given["padded"].predictions, rtol=1e-4, atol=1e-5)
 
 
-def test_label_smoothing_refuses_labels_of_other_lengths_or_torn_ones():
-    logits = pack_sequence([torch.ones(n, 4) for n in (1, 3)], enforce_sorted=False)
-    smoother = LabelSmoother(0.1)
-    longer = pack_sequence([torch.ones(n).long() for n in (2, 3)], enforce_sorted=False)
-    with pytest.raises(ValueError, match=r"lengths \[1, 3\], the packed labels \[2, 3\]"):
-        smoother({"logits": logits}, longer)
-    # One row of labels would be spread over all rows of the logits.
-    inconsistent = logits._replace(data=torch.ones(1).long())
-    with pytest.raises(ValueError, match="sum to 4, but its data has 1 rows"):
-        smoother({"logits": logits}, inconsistent)
-
-
-def test_data_that_requires_gradients():
+def test_data_that_requires_gradients_becomes_no_array():
     packed = pack_sequence([torch.ones(2), torch.ones(1)], enforce_sorted=False)
     packed.data.requires_grad_()
     with pytest.raises(RuntimeError, match="requires grad"):
@@ -401,7 +369,7 @@ def test_data_that_requires_gradients():
 # --- sequences of nothing -------------------------------------------------------------------------------
 
 
-def test_a_packed_sequence_without_sequences():
+def test_a_packed_sequence_may_hold_no_sequence():
     empty = PackedSequence(torch.ones(0, 2), torch.ones(0).long(), torch.ones(0).long())
     without_order = PackedSequence(torch.ones(0, 2), torch.ones(0).long())
     full = pack_sequence([torch.ones(3, 2), torch.ones(1, 2)], enforce_sorted=False)
@@ -424,14 +392,7 @@ def test_a_packed_sequence_without_sequences():
 # --- the collator ---------------------------------------------------------------------------------------
 
 
-def test_the_collator_refuses_rows_of_which_some_are_packed():
-    # Of one sequence of one step all four fields have one shape, and would pass for four numbers.
-    packed = pack_sequence([torch.tensor([5])], enforce_sorted=False)
-    with pytest.raises(ValueError, match="'input_ids' of row 0 is not a PackedSequence, but that of another row is"):
-        DataCollatorForPackedSequence()([{"input_ids": [1, 2]}, {"input_ids": packed}])
-
-
-def test_which_batches_are_looked_at():
+def test_every_packed_sequence_of_a_mapping_is_looked_at():
     packed = pack_sequence([torch.tensor([5])], enforce_sorted=False)
     # On a GPU index tensors are taken as they are: looking into them would wait for it. `meta` cannot be looked into.
     away = packed._replace(**{name: getattr(packed, name).to("meta") for name in packed._fields[2:]})
@@ -452,3 +413,149 @@ def test_which_batches_are_looked_at():
         None,
     ):
         assert trees.check_batch(batch) is False
+
+
+# --- what an error names ----------------------------------------------------------------------------------
+
+INCONSISTENT = "in the batch: this PackedSequence is inconsistent: its batch_sizes sum to"
+
+
+def inconsistent(packed: PackedSequence) -> PackedSequence:
+    return packed._replace(data=packed.data[:-1])
+
+
+# --- batches that are lists or tuples ---------------------------------------------------------------------
+
+
+class OfPositions(Trainer):
+    """Takes batches without keys."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        outputs = model(inputs[0], inputs[1])
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def prediction_step(self, model, inputs, prediction_loss_only, **kwargs):
+        return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+
+@pytest.mark.parametrize("run", ["train", "evaluate"])
+@pytest.mark.parametrize("spoilt", [0, 1])
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_position_is_named(tmp_path, kind, spoilt, run):
+    def collate(features: list[Row]) -> Any:
+        values = list(packed_batch(features).values())
+        values[spoilt] = inconsistent(values[spoilt])
+        return kind(values)
+
+    trainer = new_trainer(tmp_path, PlainTagger, rows(3), collate, trainer=OfPositions)
+    with pytest.raises(ValueError, match=f"^position {spoilt} {INCONSISTENT}"):
+        getattr(trainer, run)()
+
+
+def test_what_is_named_in_other_batches():
+    packed = packed_batch(rows(3))["input_ids"]
+    for batch, name in (
+        ([packed, inconsistent(packed)], "position 1"),
+        ((1, [{"deep": inconsistent(packed)}]), "position 1"),
+        (Pair(packed, inconsistent(packed)), "'second'"),
+        ({"x": packed, "y": [inconsistent(packed)]}, "'y'"),
+        ({"x": packed, 3: (inconsistent(packed),)}, "3"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} {INCONSISTENT}"):
+            trees.check_batch(batch)
+    for find in (find_batch_size, operations.find_batch_size):
+        for batch, name in (
+            ({"x": inconsistent(packed)}, "'x'"),
+            ([inconsistent(packed)], "position 0"),
+            ({"outer": [{"inner": inconsistent(packed)}]}, "'outer'"),
+        ):
+            with pytest.raises(ValueError, match=f"^{name} {INCONSISTENT}"):
+                find(batch)
+
+
+# --- steps of another shape ------------------------------------------------------------------------------
+
+
+def widths(features: list[Row], width: int) -> PackedSequence:
+    return pack_sequence([row["input_ids"].float()[:, None].expand(-1, width) for row in features], False)
+
+
+class Wide(nn.Module):
+    """Returns logits, and takes labels, of as many features a step as the batch has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Any, labels: Any = None, more: Any = None) -> Any:
+        logits = x._replace(data=x.data * self.weight)
+        if more is None:
+            return {"loss": logits.data.mean(), "logits": logits}
+        return {"loss": logits.data.mean(), "logits": logits, "more": more._replace(data=more.data * 2)}
+
+
+def varying(keys: dict[str, list[int]]) -> Any:
+    """Return a collator whose keys have these numbers of features, batch by batch."""
+    number = -1
+
+    def collate(features: list[Row]) -> Any:
+        nonlocal number
+        number += 1
+        return {key: widths(features, sizes[number % len(sizes)]) for key, sizes in keys.items()}
+
+    return collate
+
+
+OUTPUT_X, OUTPUT_MORE = "'x' and output 'logits' of the model", "'more' and output 'more' of the model"
+
+
+@pytest.mark.parametrize("metrics", [False, True])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"x": [2, 2, 2], "labels": [3, 3, 1]}, r"'labels' has steps of shape \[1\] in batch 2 .* \[3\] in batch 0"),
+        ({"x": [2, 2, 2], "labels": [1, 3, 3]}, r"'labels' has steps of shape \[3\] in batch 1 .* \[1\] in batch 0"),
+        ({"x": [4, 5, 4], "labels": [1, 1, 1]}, rf"{OUTPUT_X} has steps of shape \[5\] in batch 1"),
+        ({"x": [4, 4, 4], "labels": [1, 1, 1], "more": [2, 3, 2]}, rf"{OUTPUT_MORE} .* shape \[3\] in batch 1"),
+    ],
+)
+def test_an_evaluation_names_key_and_batch(tmp_path, keys, message, metrics):
+    options = {"compute_metrics": lambda p: {"n": len(p.label_ids)}} if metrics else {}
+    data = rows(9)
+    trainer = new_trainer(tmp_path, Wide, data, varying(keys), options=options, remove_unused_columns=False)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        trainer.predict(data)
+
+
+def test_an_evaluation_without_arrays_takes_steps_of_any_shape(tmp_path):
+    keys = {"x": [4, 5, 6], "labels": [1, 2, 3]}
+    options = {"remove_unused_columns": False, "prediction_loss_only": True}
+    trainer = new_trainer(tmp_path, Wide, rows(9), varying(keys), **options)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_a_container_of_a_loop_without_prediction_steps_names_what_it_can():
+    first, other = widths(rows(3), 2), widths(rows(3), 1)
+    for wrap in (lambda packed: packed, lambda packed: (packed, packed), lambda packed: {"logits": packed}):
+        with evaluation.running(evaluation.Loop(packed=True)):
+            container = EvalLoopContainer()
+            container.add(wrap(first))
+            with pytest.raises(ValueError, match=r"^number 0 of what .* has steps of shape \[1\] in batch 1 of"):
+                container.add(wrap(other))
+
+
+def test_concatenation_names_key_and_batch():
+    wide, narrow = widths(rows(3), 2), widths(rows(3), 1)
+    with pytest.raises(ValueError, match=r"number 0 have \[2\], those of number 2 have \[1\]"):
+        jagged.concatenate([wide, wide, narrow])
+    with pytest.raises(ValueError, match=r"those of a batch have \[1\], those before it \[2\]"):
+        nested_concat(wide, narrow)
+    for batches, name in (
+        ([{"x": wide, "y": wide}, {"x": wide, "y": narrow}], "'y'"),
+        ([{"x": wide, "y": [{"z": wide}]}, {"x": wide, "y": [{"z": narrow}]}], "'y'"),
+        ([(wide, wide), (wide, narrow)], "position 1"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name} has steps of shape \[1\] in batch 1, but \[2\] in batch 0"):
+            operations.concatenate(batches)
+    with pytest.raises(ValueError, match=f"^'y' {INCONSISTENT}"):
+        operations.concatenate([{"x": wide, "y": wide}, {"x": wide, "y": inconsistent(wide)}])

@@ -28,16 +28,7 @@ from hf_packfix.models import (
     RecurrentForTokenClassification,
 )
 from hf_packfix.packing.packed import _move_indices, move_without_waiting, same_packing, with_data
-from tests.support.oracle import (
-    CLASSES,
-    VOCABULARY,
-    Row,
-    Tagger,
-    new_trainer,
-    packed_batch,
-    padded_batch,
-    rows,
-)
+from tests.support.oracle import CLASSES, VOCABULARY, Row, Tagger, new_trainer, packed_batch, padded_batch, rows
 from tests.support.packed_sequences import CPU, META, bare_trainer, some_packed
 
 Move = Callable[[Any], Any]
@@ -218,28 +209,17 @@ def a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Cal
     return prepare
 
 
-MODELS = [
-    Tagger,
-    RecurrentForTokenClassification,
-    RecurrentForSequenceClassification,
-    RecurrentForCausalLM,
-    encoder_decoder,
-]
+OURS = [RecurrentForTokenClassification, RecurrentForSequenceClassification, RecurrentForCausalLM, encoder_decoder]
+SMOOTHED = [(Tagger, 0.1), (RecurrentForTokenClassification, 0.1)]
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("kind", "smoothing"), [*((kind, 0.0) for kind in (Tagger, *OURS)), *SMOOTHED])
 @pytest.mark.parametrize("collate", [DataCollatorForPackedSequence(), packed_batch], ids=["ours", "theirs"])
-def test_a_training_step_reads_nothing_from_the_device(a_step, kind, collate):
+def test_a_training_step_reads_nothing_from_the_device(a_step, kind, collate, smoothing):
     data: list[Row] = rows(6, labels="row" if kind is RecurrentForSequenceClassification else "tokens")
-    step = a_step(kind, by_accelerate(collate(data)))
+    step = a_step(kind, by_accelerate(collate(data)), label_smoothing_factor=smoothing)
     # A language model looks up the steps before, also to count labels; their places come from the CPU without waiting.
     assert moves(step) <= {RecurrentForCausalLM: 2, encoder_decoder: 1}.get(kind, 0)
-
-
-@pytest.mark.parametrize("kind", [RecurrentForTokenClassification, Tagger])
-def test_a_step_with_label_smoothing_reads_nothing_from_the_device(a_step, kind):
-    batch = by_accelerate(packed_batch(rows(6)))
-    assert moves(a_step(kind, batch, label_smoothing_factor=0.1)) == 0
 
 
 def test_these_steps_notice_what_reads_from_the_device(a_step):

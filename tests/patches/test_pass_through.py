@@ -13,10 +13,9 @@ import torch
 import torch.distributed.utils
 
 from hf_packfix.engine.declare import is_active
-from hf_packfix.engine.patch import Patch, succeeds
+from hf_packfix.engine.patch import Patch
 from hf_packfix.patches import PATCHES
 from tests.support.packed_sequences import some_packed
-from tests.support.probed import PROBED, wrapper_of
 
 RESULT = object()
 
@@ -61,24 +60,17 @@ def assert_passed_on(patch: Patch, batch: Any) -> None:
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.path)
 @pytest.mark.parametrize("kind", ["packed", "plain"])
-def test_an_inactive_wrapper(monkeypatch, patch, kind):
+def test_an_inactive_wrapper_passes_everything_on(monkeypatch, patch, kind):
     monkeypatch.setattr(patch, "active", False)
     batch = {"logits": some_packed() if kind == "packed" else torch.ones(2, 3), "labels": None}
     assert_passed_on(patch, batch)
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.path)
-def test_a_batch_without_packed_sequences(monkeypatch, patch):
+def test_a_batch_without_packed_sequences_is_passed_on_untouched(monkeypatch, patch):
     monkeypatch.setattr(patch, "active", True)
     # Padded batches of our own models need more.
     monkeypatch.delitem(sys.modules, "hf_packfix.models", raising=False)
     batch = {"logits": torch.ones(2, 3), "labels": torch.ones(2), "more": [None, (torch.ones(1), "text")]}
     assert_passed_on(patch, batch)
     assert_passed_on(patch, [batch])
-
-
-@pytest.mark.parametrize("patch", PROBED, ids=lambda patch: patch.path)
-def test_an_inactive_wrapper_fails_the_probe_as_upstream_does(monkeypatch, patch):
-    wrapper = wrapper_of(patch)
-    monkeypatch.setattr(patch, "active", False)
-    assert not succeeds(patch.upstream_supports, wrapper)

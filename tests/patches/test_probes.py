@@ -7,6 +7,7 @@ and one that passes too early would leave it off.
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +15,29 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
+import hf_packfix
 from hf_packfix.engine import probe
-from hf_packfix.engine.patch import Patch
-from hf_packfix.patches import transformers_trainer
+from hf_packfix.engine.patch import Patch, succeeds
+from hf_packfix.engine.targets import resolve
+from hf_packfix.patches import PATCHES, transformers_trainer
 from tests.support.packed_sequences import META
-from tests.support.probed import PROBED, wrapper_of
+from tests.tools import drift
+
+# What `get_batch_samples` has for a probe asks about the methods around it.
+PROBED = [
+    patch
+    for patch in PATCHES
+    if patch.upstream_supports is not None
+    and drift.state_here(patch) == "applied"
+    and patch.path != "Trainer.get_batch_samples"
+]
+
+
+def wrapper_of(patch: Patch) -> Any:
+    import_module(patch.module)
+    hf_packfix.enable()
+    assert patch.active
+    return resolve(patch.module, patch.path)[1]
 
 
 def on_meta(**fields: Any) -> PackedSequence:
@@ -29,8 +48,11 @@ def on_meta(**fields: Any) -> PackedSequence:
 
 
 @pytest.mark.parametrize("patch", PROBED, ids=lambda patch: patch.path)
-def test_the_wrapper_passes_the_probe(patch: Patch):
-    assert patch.upstream_supports(wrapper_of(patch)) is True
+def test_the_wrapper_passes_the_probe_unless_it_is_inactive(monkeypatch, patch: Patch):
+    wrapper = wrapper_of(patch)
+    assert patch.upstream_supports(wrapper) is True
+    monkeypatch.setattr(patch, "active", False)
+    assert not succeeds(patch.upstream_supports, wrapper)
 
 
 def test_the_probe_is_two_sequences_out_of_order():
@@ -59,7 +81,7 @@ def test_operations_count_the_tokens_three_times_the_parameters_twice(factor):
 
 
 @pytest.mark.parametrize(("counted", "expected"), [(3, True), (4, False), (0, False)])
-def test_tokens_counted_and_items(counted, expected):
+def test_a_count_passes_if_it_is_that_of_the_real_tokens(counted, expected):
     def tokens(trainer: Any, inputs: Any) -> None:
         assert trainer.args.include_num_input_tokens_seen == "all"
         trainer.state.num_input_tokens_seen += trainer.accelerator.gather(torch.tensor(counted)).item()

@@ -8,10 +8,7 @@ import pytest
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_packfix.models import (
-    RecurrentConfig,
-    RecurrentEncoderDecoderConfig,
-)
+from hf_packfix.models import RecurrentConfig, RecurrentEncoderDecoderConfig
 
 
 @pytest.mark.needs_patch("transformers.models.auto.configuration_auto:_LazyConfigMapping.__contains__")

@@ -5,38 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import types
-from collections import OrderedDict, UserDict
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.utils
-from torch.nn.utils.rnn import PackedSequence
-from transformers import BatchEncoding, BatchFeature, Trainer
+from transformers import Trainer
 
 import hf_packfix
-from tests.support.oracle import (
-    PlainTagger,
-    new_trainer,
-    packed_batch,
-    padded_batch,
-    rows,
-    stock,
-)
-from tests.support.packed_sequences import CPU, META, bare_trainer, some_packed
-
-
-def test_the_same_object_comes_back_when_nothing_moves():
-    packed = some_packed()
-    assert bare_trainer()._prepare_input(packed) is packed
-
-
-def test_fields_move_and_batch_sizes_stay():
-    packed = some_packed()
-    moved = bare_trainer(META)._prepare_input(packed)
-    assert type(moved) is PackedSequence
-    assert moved.data.device == moved.sorted_indices.device == moved.unsorted_indices.device == META
-    assert moved.batch_sizes is packed.batch_sizes
+from tests.support.oracle import PlainTagger, new_trainer, packed_batch, padded_batch, rows, stock
+from tests.support.packed_sequences import CPU, META, Pair, bare_trainer, some_packed
 
 
 def test_missing_indices_stay_missing():
@@ -62,28 +40,17 @@ def test_indices_follow_data_that_is_there_already(left_behind):
     assert CPU in (with_stock_to.sorted_indices.device, with_stock_to.unsorted_indices.device)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [(torch.float32, torch.bfloat16), (torch.int64, torch.int64), (torch.bool, torch.bool)],
-)
-def test_the_deepspeed_cast_reaches_floating_data_alone(dtype, expected):
-    packed = some_packed(dtype)
-    moved = bare_trainer(META, dtype=torch.bfloat16)._prepare_input(packed)
-    assert moved.data.dtype == expected
-    assert moved.sorted_indices.dtype == moved.unsorted_indices.dtype == moved.batch_sizes.dtype == torch.int64
-    plain = bare_trainer(META, dtype=torch.bfloat16)._prepare_input(packed.data)
-    assert plain.dtype == expected
-
-
-def test_a_subclass_that_handles_tensors_handles_data():
+def test_a_subclass_that_handles_tensors_handles_data_and_the_fields_of_named_tuples():
     class Doubling(Trainer):
         def _prepare_input(self, data):
             if isinstance(data, torch.Tensor) and data.is_floating_point():
                 return super()._prepare_input(data * 2)
             return super()._prepare_input(data)
 
-    moved = bare_trainer(cls=Doubling)._prepare_input({"x": [some_packed()]})["x"][0]
-    assert torch.equal(moved.data, 2 * some_packed().data)
+    held = {"x": [some_packed()], "pair": Pair(torch.ones(2), 3)}
+    moved = bare_trainer(cls=Doubling)._prepare_input(held)
+    assert torch.equal(moved["x"][0].data, 2 * some_packed().data)
+    assert (moved["pair"].first.tolist(), moved["pair"].second) == ([2, 2], 3)
 
 
 @pytest.mark.parametrize("where", ["class, before us", "class, after us", "instance"])
@@ -104,30 +71,6 @@ def test_a_wrapper_that_handles_tensors_handles_data(monkeypatch, where):
     hf_packfix.disable()
     monkeypatch.undo()
     hf_packfix.enable()
-
-
-@pytest.mark.parametrize("mapping", [dict, OrderedDict, UserDict, BatchEncoding, BatchFeature])
-def test_any_nesting(mapping):
-    tensor = torch.ones(2)
-    inner = [some_packed(), (None, 3, "text", 2.5, tensor), {"y": some_packed(sort=True)}]
-    batch = mapping({"x": inner, "labels": tensor, "note": "text"})
-    moved = bare_trainer(META)._prepare_input(batch)
-    assert type(moved) is mapping
-    assert list(moved) == ["x", "labels", "note"]
-    packed, beside, deep = moved["x"]
-    assert packed.data.device == deep["y"].data.device == moved["labels"].device == beside[4].device == META
-    assert beside[:4] == (None, 3, "text", 2.5)
-    assert type(beside) is tuple
-    assert moved["note"] == "text"
-
-
-@pytest.mark.parametrize("tree", [torch.ones(2), {"a": [torch.ones(1), None, "b"]}, (1, 2.0), "text", None])
-def test_ordinary_batches_come_out_as_from_stock(tree):
-    ours = bare_trainer()._prepare_input(tree)
-    with stock():
-        theirs = bare_trainer()._prepare_input(tree)
-    assert type(ours) is type(theirs)
-    assert repr(ours) == repr(theirs)
 
 
 def test_stock_refuses_a_packed_sequence():

@@ -17,11 +17,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.modeling_outputs import TokenClassifierOutput
 
-import hf_packfix
 from hf_packfix.packing import jagged
 from hf_packfix.packing import packed as packing
 from tests.support.oracle import (
     HIDDEN,
+    DropsIndices,
     OracleConfig,
     PlainTagger,
     Tagger,
@@ -46,32 +46,25 @@ from tests.support.reports import (
     assert_evaluation_equals_padded,
     assert_same_report,
     assert_same_tree,
+    messages,
     report,
 )
-from tests.support.warned import messages
 
 # --- shapes of outputs and labels -----------------------------------------------------------------------
 
 
-@pytest.mark.needs_patch("transformers.trainer_pt_utils:nested_detach")
+@pytest.mark.needs_patch(
+    "transformers.trainer_pt_utils:nested_detach", "accelerate.utils.operations:pad_across_processes"
+)
 @pytest.mark.parametrize("model", [Tagger, PlainTagger, TupleTagger])
-def test_outputs_of_every_kind(tmp_path, model):
+def test_outputs_of_every_kind_are_reported_as_padded_ones(tmp_path, model):
     metrics, calls, prediction = assert_evaluation_equals_padded(tmp_path, model, rows())
     assert metrics["eval_accuracy"] > 0
     assert calls[0].predictions.shape == (14, 9, 4)
     assert prediction.label_ids.shape == (14, 9)
 
 
-def test_rows_come_in_the_order_of_the_data_set(tmp_path):
-    data = rows()
-    _, calls, _ = report(tmp_path, Tagger, packed_batch, data)
-    for row, found in zip(data, calls[0].label_ids, strict=True):
-        length = len(row["labels"])
-        assert found[:length].tolist() == row["labels"].tolist()
-        assert (found[length:] == -100).all()
-
-
-def test_packs_nested_in_a_tuple_of_outputs(tmp_path):
+def test_nested_outputs_are_reported_as_padded_ones(tmp_path):
     torch.manual_seed(0)
     model = Tagger(OracleConfig(output_hidden_states=True))
     _, calls, _ = assert_evaluation_equals_padded(tmp_path, model, rows())
@@ -102,11 +95,11 @@ class PaddedLabels(Tagger):
         return super().forward(input_ids, labels, attention_mask, **kwargs)
 
 
-def test_packed_labels_alone(tmp_path):
+def test_packed_labels_beside_padded_logits_are_reported_alike(tmp_path):
     assert_evaluation_equals_padded(tmp_path, PaddedLogits, rows())
 
 
-def test_packed_logits_alone(tmp_path):
+def test_packed_logits_beside_padded_labels_are_reported_alike(tmp_path):
     def collate(features):
         return {**packed_batch(features), "labels": padded_batch(features)["labels"]}
 
@@ -119,7 +112,7 @@ class TwoTargets(Tagger):
         return TokenClassifierOutput(loss=output.loss + row_labels.float().mean(), logits=output.logits)
 
 
-def test_several_label_names_of_mixed_kinds(tmp_path):
+def test_several_label_names_of_mixed_kinds_are_reported_alike(tmp_path):
     data = [
         {**row, "weight_labels": row["labels"].float() / 3, "row_labels": torch.tensor(i)}
         for i, row in enumerate(rows())
@@ -133,9 +126,19 @@ def test_several_label_names_of_mixed_kinds(tmp_path):
 # --- arguments of the evaluation loop -------------------------------------------------------------------
 
 
+LEGACY = pytest.mark.skipif(
+    transformers_from("5.0") or not transformers_from("4.47"),
+    reason="the legacy prediction loop went with transformers 5.0; in 4.46 it fails on padded batches, too",
+)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
+        *(
+            pytest.param({"use_legacy_prediction_loop": True, **more}, marks=LEGACY)
+            for more in ({}, {"eval_accumulation_steps": 1}, {"eval_accumulation_steps": 2})
+        ),
         {"eval_accumulation_steps": 1},
         {"eval_accumulation_steps": 2},
         {"batch_eval_metrics": True},
@@ -143,6 +146,7 @@ def test_several_label_names_of_mixed_kinds(tmp_path):
         {"eval_do_concat_batches": False, "eval_accumulation_steps": 2},
         {"eval_use_gather_object": True},
         {"include_for_metrics": ["loss"]},
+        {"prediction_loss_only": True},
         {"per_device_eval_batch_size": 1},
         {"per_device_eval_batch_size": 4},
         {"per_device_eval_batch_size": 13},
@@ -150,47 +154,31 @@ def test_several_label_names_of_mixed_kinds(tmp_path):
     ],
     ids=str,
 )
-def test_arguments_of_the_loop(tmp_path, changes):
+def test_any_argument_of_the_loop_reports_what_the_padded_run_reports(tmp_path, changes):
     if "eval_use_gather_object" in changes and Version(accelerate.__version__) <= Version("0.30.0"):
         pytest.skip(f"accelerate {accelerate.__version__} has no gather_object for it; 0.30.1 is the first with it")
     assert_evaluation_equals_padded(tmp_path, Tagger, rows(), **changes)
 
 
-@pytest.mark.skipif(
-    transformers_from("5.0") or not transformers_from("4.47"),
-    reason="the legacy prediction loop went with transformers 5.0; in 4.46 it fails on padded batches, too",
+@pytest.mark.parametrize(
+    "data",
+    [
+        sorted(rows(), key=lambda row: len(row["input_ids"]), reverse=True),
+        sorted(rows(), key=lambda row: len(row["input_ids"])),
+        rows(5, longest=1),
+    ],
+    ids=["the last batch is shorter", "the last batch is longer", "steps alone"],
 )
-@pytest.mark.parametrize("changes", [{}, {"eval_accumulation_steps": 1}, {"eval_accumulation_steps": 2}], ids=str)
-def test_the_legacy_prediction_loop(tmp_path, changes):
-    assert_evaluation_equals_padded(tmp_path, Tagger, rows(), use_legacy_prediction_loop=True, **changes)
-
-
-@pytest.mark.parametrize("longest_first", [True, False])
-def test_a_last_batch_with_shorter_sequences_and_one_with_longer(tmp_path, longest_first):
-    data = sorted(rows(), key=lambda row: len(row["input_ids"]), reverse=longest_first)
+def test_sequences_of_every_length_are_reported_alike(tmp_path, data):
     assert_evaluation_equals_padded(tmp_path, Tagger, data)
 
 
-def test_sequences_of_length_one(tmp_path):
-    found = assert_evaluation_equals_padded(tmp_path, Tagger, rows(5, longest=1))
-    assert found[2].label_ids.shape == (5, 1)
-
-
-def test_loss_only(tmp_path):
-    found = report(tmp_path, Tagger, packed_batch, rows(), prediction_loss_only=True)
-    with stock():
-        expected = report(tmp_path, Tagger, padded_batch, rows(), prediction_loss_only=True)
-    assert_same_report(found, expected)
-    assert found[2].predictions is None
-
-
 @pytest.mark.parametrize("changes", [{}, {"batch_eval_metrics": True}, {"eval_accumulation_steps": 1}], ids=str)
-def test_inputs_for_metrics(tmp_path, changes):
+def test_metrics_get_the_inputs_padded(tmp_path, changes):
     data = rows()
-    kwargs = {"include_for_metrics": ["inputs", "loss"], **changes}
-    found = report(tmp_path, Tagger, packed_batch, data, **kwargs)
+    found = report(tmp_path, Tagger, packed_batch, data, include_for_metrics=["inputs", "loss"], **changes)
     with stock():
-        expected = report(tmp_path, Tagger, padded_batch, data, **kwargs)
+        expected = report(tmp_path, Tagger, padded_batch, data, include_for_metrics=["inputs", "loss"], **changes)
     assert_same_report(found, expected)
     for ours, theirs in zip(found[1], expected[1], strict=True):
         left, right = ours.inputs, theirs.inputs
@@ -203,30 +191,8 @@ def test_inputs_for_metrics(tmp_path, changes):
         assert (left[right < 1] == -100).all()
 
 
-@pytest.mark.needs_patch("accelerate.utils.operations:pad_across_processes")
-def test_preprocessed_logits_are_padded_tensors(tmp_path):
-    shapes = []
-
-    def preprocess(logits, labels):
-        shapes.append((tuple(logits.shape), tuple(labels.shape)))
-        return logits.argmax(-1).masked_fill(labels == -100, -100)
-
-    def accuracy(prediction):
-        real = prediction.label_ids != -100
-        return {"accuracy": float((prediction.predictions[real] == prediction.label_ids[real]).mean())}
-
-    options = {"preprocess_logits_for_metrics": preprocess, "compute_metrics": accuracy}
-    found = report(tmp_path, Tagger, packed_batch, rows(), options=options)
-    ours, shapes = shapes, []
-    with stock():
-        expected = report(tmp_path, Tagger, padded_batch, rows(), options=options)
-    assert_same_report(found, expected)
-    assert ours == shapes
-    assert all(len(logits) == 3 and len(labels) == 2 for logits, labels in ours)
-
-
 @pytest.mark.needs_patch("transformers.trainer_pt_utils:find_batch_size")
-def test_number_of_samples_of_a_data_set_without_a_length(tmp_path):
+def test_sequences_are_the_samples_of_a_data_set_without_a_length(tmp_path):
     data = rows()
     trainer = new_trainer(
         tmp_path, Tagger, data, packed_batch, accelerator_config={"dispatch_batches": False, "split_batches": False}
@@ -305,7 +271,7 @@ class KeepMetrics(TrainerCallback):
         self.seen.append({k: v for k, v in metrics.items() if k in ("eval_loss", "eval_accuracy")})
 
 
-def test_best_model_and_early_stopping(tmp_path):
+def test_best_model_and_early_stopping_are_those_of_the_padded_run(tmp_path):
     def run(directory, collate):
         keep = KeepMetrics()
         result = train(
@@ -337,7 +303,7 @@ def test_best_model_and_early_stopping(tmp_path):
     assert found.state.best_model_checkpoint.split("-")[-1] == expected.state.best_model_checkpoint.split("-")[-1]
 
 
-def test_hyperparameter_search(tmp_path):
+def test_a_hyperparameter_search_finds_what_the_padded_one_finds(tmp_path):
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -388,7 +354,7 @@ class LossOutside(Trainer):
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_a_model_that_returns_a_bare_packed_sequence(tmp_path, own):
+def test_a_bare_packed_sequence_of_a_model_is_its_logits(tmp_path, own):
     def predict(collate):
         trainer = new_trainer(
             tmp_path, BareTagger, rows(), collate, trainer=LossOutside, label_names=["labels"],
@@ -407,12 +373,6 @@ def test_a_model_that_returns_a_bare_packed_sequence(tmp_path, own):
     assert found.predictions.shape == expected.predictions.shape
     torch.testing.assert_close(found.predictions[real], expected.predictions[real], rtol=1e-5, atol=1e-6)
     assert_same_tree(found.label_ids, expected.label_ids)
-
-
-class DropsIndices(PlainTagger):
-    def forward(self, input_ids, labels=None, attention_mask=None):
-        output = super().forward(input_ids, labels, attention_mask)
-        return {**output, "logits": PackedSequence(output["logits"].data, output["logits"].batch_sizes)}
 
 
 def test_a_model_that_drops_the_index_tensors_is_warned_of(tmp_path):
@@ -441,7 +401,7 @@ def words_and_characters(features, first="input_ids"):
     return dict(sorted(batch.items(), key=lambda item: item[0] != first))
 
 
-def test_keys_that_differ_in_their_number_of_sequences(tmp_path):
+def test_the_first_of_keys_with_different_numbers_of_sequences_has_the_rows(tmp_path):
     options = {"label_names": ["labels"], "remove_unused_columns": False, "max_steps": 1}
     options["accelerator_config"] = {"dispatch_batches": False, "split_batches": False}
 
@@ -457,14 +417,10 @@ def test_keys_that_differ_in_their_number_of_sequences(tmp_path):
     assert evaluate(words_and_characters) == pytest.approx(expected, rel=1e-5)
 
 
-def test_keys_that_differ_in_their_number_of_sequences_are_not_cut():
-    batch = words_and_characters(rows(3))
-    words = batch["input_ids"].data.shape[0]
-    with pytest.raises(ValueError, match=rf"'input_ids' has 3, 'labels' has 3, 'characters' has {words}"):
-        operations.slice_tensors(batch, slice(0, 2))
-
-
-def test_a_packed_key_beside_a_tensor_with_other_rows_is_not_cut():
+def test_keys_with_different_numbers_of_rows_are_not_cut():
+    words = words_and_characters(rows(3))
+    with pytest.raises(ValueError, match=r"'input_ids' has 3, 'labels' has 3, 'characters' has "):
+        operations.slice_tensors(words, slice(0, 2))
     # 15 words of 4 sentences: the tensor would be cut by sentence, silently.
     batch = {**packed_batch(rows(4)), "words": torch.ones(15, 2), "temperature": torch.tensor(0.5)}
     with pytest.raises(ValueError, match="'input_ids' has 4, 'labels' has 4, 'words' has 15"):
@@ -477,20 +433,8 @@ def test_a_packed_key_beside_a_tensor_with_other_rows_is_not_cut():
 # --- the public helpers ---------------------------------------------------------------------------------
 
 
-def test_public_helpers():
-    data = rows(5)
-    batch, expected = packed_batch(data), padded_batch(data)
-    assert torch.equal(hf_packfix.pad(batch["labels"], padding_value=-100), expected["labels"])
-    assert torch.equal(hf_packfix.pad(batch["input_ids"]), expected["input_ids"])
-    assert hf_packfix.batch_size(batch["labels"]) == 5
-    assert hf_packfix.num_tokens(batch["labels"]) == int(expected["attention_mask"].sum())
-    assert {"pad", "batch_size", "num_tokens"} <= set(dir(hf_packfix))
-    with pytest.raises(AttributeError, match="has no attribute 'padd'"):
-        _ = hf_packfix.padd
-
-
 @pytest.mark.skipif(not compiles(), reason="this torch does not compile here")
-def test_torch_compile(tmp_path):
+def test_a_compiled_model_is_evaluated_alike(tmp_path):
     # The backend does not matter here: torch leaves the graph around every RNN.
     options = {"torch_compile": True, "torch_compile_backend": "eager"}
     # transformers 4 asks for it with variables, which would have every later Trainer compile its model.

@@ -14,7 +14,7 @@ from transformers import Trainer
 
 import hf_packfix
 from tests.support.oracle import Classifier, PlainTagger, Row, new_trainer, packed_batch, padded_batch, rows, stock
-from tests.support.warned import messages
+from tests.support.reports import messages
 
 
 def advised(message: str) -> list[str]:
@@ -37,11 +37,6 @@ class OtherNames(PlainTagger):
 class RequiredTarget(PlainTagger):
     def forward(self, x, targets, attention_mask=None):
         return super().forward(x, targets, attention_mask)
-
-
-class Gold(PlainTagger):
-    def forward(self, x, gold=None, attention_mask=None):
-        return super().forward(x, gold, attention_mask)
 
 
 class MainInputLast(PlainTagger):
@@ -68,7 +63,6 @@ class RowTargets(Classifier):
         (OtherNames, "targets", "tokens"),
         (RequiredTarget, "targets", "tokens"),
         (RowTargets, "targets", "row"),
-        (Gold, "gold", "tokens"),
         (MainInputLast, "gold", "tokens"),
     ],
 )

@@ -39,13 +39,6 @@ def test_every_step_equals_the_padded_run(tmp_path, model, labels):
     assert_training_equals_padded(tmp_path, model, rows(labels=labels))
 
 
-@pytest.mark.parametrize(("model", "labels"), MODELS)
-def test_stock_fails_with_the_plugin_off(tmp_path, model, labels):
-    # The day this passes, upstream has fixed it.
-    with stock(), pytest.raises(AssertionError):
-        train(tmp_path, model, rows(labels=labels), packed_batch)
-
-
 def test_a_subclass_defined_before_activation_is_served(tmp_path):
     with stock():
 
@@ -55,33 +48,27 @@ def test_a_subclass_defined_before_activation_is_served(tmp_path):
     assert_training_equals_padded(tmp_path, Tagger, rows(), only_packed={"trainer": MyTrainer})
 
 
-@pytest.mark.parametrize("wrap", [BatchEncoding, BatchFeature, dict])
-def test_batch_types_of_collators(tmp_path, wrap):
-    assert_training_equals_padded(tmp_path, Tagger, rows(), lambda features: wrap(packed_batch(features)))
+BATCHES: dict[str, dict[str, Any]] = {
+    "a BatchEncoding": {"packed": lambda features: BatchEncoding(packed_batch(features))},
+    "a BatchFeature": {"packed": lambda features: BatchFeature(packed_batch(features))},
+    "sorted, without index tensors": {"packed": by_length(sorted_packed_batch), "padded": by_length(padded_batch)},
+    "from data loader workers": {"only_packed": {"dataloader_num_workers": 2}},
+}
 
 
-def test_sorted_packed_sequences_without_indices(tmp_path):
-    packed, padded = by_length(sorted_packed_batch), by_length(padded_batch)
-    assert_training_equals_padded(tmp_path, Tagger, rows(), packed, padded)
+@pytest.mark.parametrize("kind", BATCHES)
+def test_batches_of_every_kind_train_as_padded_ones(tmp_path, kind):
+    assert_training_equals_padded(tmp_path, Tagger, rows(), **BATCHES[kind])
 
 
-def test_data_loader_workers(tmp_path):
-    assert_training_equals_padded(tmp_path, Tagger, rows(), only_packed={"dataloader_num_workers": 2})
-
-
-def test_resume_from_checkpoint(tmp_path, monkeypatch):
+def test_a_resumed_training_ends_where_a_whole_one_does(tmp_path, monkeypatch):
     if not transformers_from("4.47"):
         # It loads the state of NumPy's generator as torch before 2.6 allowed by default.
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
     whole = train(tmp_path / "packed", Tagger, rows(), packed_batch, **options)
     resumed = train(
-        tmp_path / "packed",
-        Tagger,
-        rows(),
-        packed_batch,
-        resume=str(tmp_path / "packed/checkpoint-4"),
-        **options,
+        tmp_path / "packed", Tagger, rows(), packed_batch, resume=str(tmp_path / "packed/checkpoint-4"), **options
     )
     with stock():
         padded = train(tmp_path / "padded", Tagger, rows(), padded_batch, **options)
@@ -110,15 +97,24 @@ def test_gradient_accumulation_with_a_loss_function(tmp_path, model, steps):
     assert_training_equals_padded(tmp_path, model, rows(), **options)
 
 
-def test_gradient_accumulation_without_a_loss_function(tmp_path):
-    assert_training_equals_padded(tmp_path, Tagger, rows(), gradient_accumulation_steps=3)
+def twofold(row: Any) -> Any:
+    return {**row, "labels": torch.stack([row["labels"], row["labels"].clamp(min=0)], -1)}
 
 
-@pytest.mark.parametrize("shifts", [False, True])
-def test_number_of_items(tmp_path, shifts):
+ITEMS = {
+    "labels": (dict, False),
+    "shifted labels": (dict, True),
+    "two labels a step": (twofold, False),
+    "labels that are shifted already": (lambda row: {**row, "shift_labels": row["labels"]}, True),
+}
+
+
+@pytest.mark.parametrize("kind", ITEMS)
+def test_the_items_are_those_of_the_padded_batches(tmp_path, kind):
+    change, shifts = ITEMS[kind]
     trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
     trainer._loss_shifts_labels = shifts
-    groups = [rows(5, seed=1), rows(3, seed=2), rows(1, seed=3)]
+    groups = [[change(row) for row in rows(count, seed=count)] for count in (5, 3, 1)]
     packed = count_items(trainer, [packed_batch(group) for group in groups])
     with stock():
         padded = count_items(trainer, [padded_batch(group) for group in groups])
@@ -127,30 +123,11 @@ def test_number_of_items(tmp_path, shifts):
     assert silent is None
 
 
-def test_number_of_items_with_two_labels_a_step(tmp_path):
-    trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
-    twofold = [{**row, "labels": torch.stack([row["labels"], row["labels"].clamp(min=0)], -1)} for row in rows(5)]
-    packed = count_items(trainer, [packed_batch(twofold)])
-    with stock():
-        padded = count_items(trainer, [padded_batch(twofold)])
-    assert int(packed) == int(padded) > sum(len(row["labels"]) for row in twofold)
-
-
-def test_number_of_items_of_nothing(tmp_path):
+def test_a_batch_of_nothing_adds_no_items(tmp_path):
     trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
     nothing = PackedSequence(torch.ones(0).long(), torch.ones(0).long())
     alone = count_items(trainer, [packed_batch(rows(5))])
     assert int(count_items(trainer, [{"labels": nothing}, packed_batch(rows(5))])) == int(alone) > 0
-
-
-def test_number_of_items_takes_shift_labels_as_they_are(tmp_path):
-    trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
-    trainer._loss_shifts_labels = True
-    renamed = [{**row, "shift_labels": row["labels"]} for row in rows(5)]
-    packed = count_items(trainer, [packed_batch(renamed)])
-    with stock():
-        padded = count_items(trainer, [padded_batch(renamed)])
-    assert int(packed) == int(padded) > 0
 
 
 def test_the_batches_of_the_iterator_come_back(tmp_path):
@@ -221,14 +198,3 @@ def test_input_tokens_seen_are_the_sum_of_the_lengths(tmp_path, mode, with_mask,
             per_device_train_batch_size=1,
         )
     assert alone.state.num_input_tokens_seen == run.state.num_input_tokens_seen
-
-
-def test_tokens_are_counted_in_accumulated_steps_and_items_as_well(tmp_path):
-    options = {
-        "options": {"compute_loss_func": sum_of_losses},
-        "gradient_accumulation_steps": 3,
-        "include_num_input_tokens_seen": True,
-    }
-    data = rows(18)  # six batches: 4.46 leaves out what does not fill the last step
-    packed, _ = assert_training_equals_padded(tmp_path, Tagger, data, **options)
-    assert packed.state.num_input_tokens_seen == 2 * sum(len(row["input_ids"]) for row in data)

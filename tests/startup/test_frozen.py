@@ -26,7 +26,7 @@ print("metadata:", sorted(item.name for item in importlib_metadata.distributions
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hook", [True, False])
-def test_a_frozen_program(tmp_path, hook):
+def test_a_frozen_program_knows_its_versions(tmp_path, hook):
     environment = Environment(tmp_path / "venv").share_packages().unpack()
     environment.write("zz_pyinstaller.pth", f"{Path(PyInstaller.__file__).parents[1]}\n")
     for name, version in NEWEST_TESTED.items():

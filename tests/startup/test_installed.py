@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
-from hf_packfix.patches import FAST_RNN, PATCHES
 from tests.support.installed import ROOT, STARTUP_FILES, Environment, wheel
-from tests.tools.drift import state_here
 
 pytestmark = pytest.mark.slow  # starts many processes
 
@@ -62,24 +58,16 @@ def program(tmp_path_factory):
     return path
 
 
-def test_install_and_uninstall(tmp_path):
-    environment = Environment(tmp_path / "venv")
-    environment.write("other.py", "")  # pip removes a folder that it leaves empty
-    before = set(environment.site.iterdir())
-    environment.pip("install", "--no-deps", "--no-index", str(wheel()))
-    assert all((environment.site / name).exists() for name in STARTUP_FILES)
-    environment.pip("uninstall", "--yes", "hf-packfix")
-    assert set(environment.site.iterdir()) == before
-
-
-def test_editable_install_and_uninstall(tmp_path):
+@pytest.mark.parametrize("editable", [False, True])
+def test_installing_and_uninstalling_leaves_nothing_behind(tmp_path, editable):
     source = tmp_path / "source"
-    ignore = shutil.ignore_patterns(".git", ".venv", "__pycache__", "tests")
-    shutil.copytree(ROOT, source, ignore=ignore)
+    if editable:
+        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "tests"))
     environment = Environment(tmp_path / "venv")
     environment.write("other.py", "")  # pip removes a folder that it leaves empty
     before = set(environment.site.iterdir())
-    environment.pip("install", "--no-deps", "--editable", str(source))
+    what = ["--editable", str(source)] if editable else ["--no-index", str(wheel())]
+    environment.pip("install", "--no-deps", *what)
     for name in STARTUP_FILES:
         assert (environment.site / name).read_bytes() == (ROOT / "hf_packfix/startup" / name).read_bytes()
     environment.pip("uninstall", "--yes", "hf-packfix")
@@ -113,13 +101,6 @@ def test_an_unedited_program_trains_under_a_launcher(installed, program, launche
     assert result.stdout.count("trained []") == processes
 
 
-@pytest.mark.parametrize("variable", [None, "0"])
-def test_it_fails_as_stock_does_when_nobody_asks(installed, program, variable):
-    result = installed.run(str(program), variable=variable, cwd=program.parent)
-    assert result.returncode == 1
-    assert "AssertionError: Expected data to be a list or tuple of length 2" in result.stderr
-
-
 def test_status_says_what_activated_it(installed):
     code = "import transformers, hf_packfix; print(hf_packfix.status().reason)"
     assert installed.run("-c", code, variable="true").stdout == "activated by HF_PACKFIX=true\n"
@@ -129,15 +110,9 @@ def test_status_says_what_activated_it(installed):
     assert installed.run("-E", "-c", code, variable="0").stdout == "activated by import hf_packfix\n"
 
 
-def pretend_old(environment, version="4.30.2"):
-    return environment.write(
-        f"transformers-{version}.dist-info/METADATA",
-        f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n",
-    ).parent
-
-
 def test_below_the_floor_the_program_runs_and_one_line_says_why(installed):
-    old = pretend_old(installed)
+    metadata = "Metadata-Version: 2.1\nName: transformers\nVersion: 4.30.2\n"
+    old = installed.write("transformers-4.30.2.dist-info/METADATA", metadata).parent
     try:
         code = "from transformers import Trainer; import sys; print(Trainer.__name__, 'hf_packfix' in sys.modules)"
         result = installed.run("-c", code, variable="1")
@@ -156,30 +131,7 @@ def test_below_the_floor_the_program_runs_and_one_line_says_why(installed):
         shutil.rmtree(old)
 
 
-def test_newer_than_tested_under_warnings_as_errors(installed):
-    new = pretend_old(installed, "99.0")
-    try:
-        code = "import transformers, hf_packfix; print(hf_packfix.is_enabled())"
-        result = installed.run("-W", "error::UserWarning", "-c", code, variable="1")
-        assert result.stdout == "True\n", result.stderr
-        assert "packfix" not in result.stderr
-    finally:
-        shutil.rmtree(new)
-
-
-@pytest.mark.parametrize("missing", ["wrapt", "importlib_metadata"])
-def test_a_missing_dependency_is_one_line(installed, missing):
-    blocked = installed.write(f"{missing}/__init__.py", f"raise ModuleNotFoundError('No module named {missing}')")
-    try:
-        result = installed.run("-c", "from transformers import Trainer; print('ran')", variable="1")
-        assert (result.stdout, result.returncode) == ("ran\n", 0)
-        (line,) = [line for line in result.stderr.splitlines() if "packfix" in line]
-        assert f"No module named {missing}" in line
-    finally:
-        shutil.rmtree(blocked.parent)
-
-
-def test_the_log(installed):
+def test_what_is_logged_is_one_line_at_info_and_each_patch_at_debug(installed):
     code = """
 import logging, sys
 logging.basicConfig(stream=sys.stdout, format="%(name)s %(levelname)s %(message)s")
@@ -200,68 +152,9 @@ import hf_packfix; hf_packfix.enable()
 # --- run ------------------------------------------------------------------------------------------------
 
 
-SHOWS = """
-import os, subprocess, sys
-print(__name__, sys.argv, sys.path[0], os.environ.get("HF_PACKFIX"))
-import hf_packfix
-print(hf_packfix.status().reason)
-if sys.argv[1:] == ["raise"]:
-    raise KeyError("mine")
-if sys.argv[1:] == ["exit"]:
-    sys.exit(7)
-"""
-
-
-@pytest.fixture
-def shows(tmp_path):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/shows.py").write_text(SHOWS)
-    return tmp_path
-
-
-def test_run_a_script(installed, shows):
-    result = installed.run("-m", "hf_packfix", "run", "folder/shows.py", "-m", "--x", "1", cwd=shows)
-    expected = f"__main__ ['folder/shows.py', '-m', '--x', '1'] {shows / 'folder'} 1\n"
-    assert result.stdout == expected + "activated by hf-packfix run\n", result.stderr
-    assert result.returncode == 0
-
-
-def test_run_a_module(installed, shows):
-    result = installed.run("-m", "hf_packfix", "run", "-m", "shows", "--y", cwd=shows / "folder", variable="0")
-    first, second = result.stdout.splitlines()
-    assert first == f"__main__ ['{shows / 'folder/shows.py'}', '--y'] {shows / 'folder'} 1"
-    assert second == "activated by hf-packfix run"
-
-
-def test_run_keeps_exit_status_and_traceback(installed, shows):
-    script = str(shows / "folder/shows.py")
-    command = [str(installed.python.parent / "hf-packfix"), "run", script]
-    exits = subprocess.run([*command, "exit"], capture_output=True, text=True, check=False)
-    assert exits.returncode == 7
-    raises = subprocess.run([*command, "raise"], capture_output=True, text=True, check=False)
-    assert raises.returncode == 1
-    plain = installed.run(script, "raise")
-    assert raises.stderr == plain.stderr  # the program's frames alone
-
-
 def test_run_trains_where_start_up_files_do_not_work(installed, program):
     result = installed.run("-m", "hf_packfix", "run", str(program), "spawn", cwd=program.parent)
     assert result.stdout.splitlines()[-1] == "trained ['spawn']", result.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["run"], "the following arguments are required: SCRIPT"),
-        (["walk"], "invalid choice: 'walk'"),
-        (["doctr"], "'doctr' is not a command; did you mean: hf-packfix doctor\n"),
-    ],
-)
-def test_bad_usage(installed, tmp_path, arguments, message):
-    result = installed.run("-m", "hf_packfix", *arguments, cwd=tmp_path)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
 
 
 # --- doctor ---------------------------------------------------------------------------------------------
@@ -277,26 +170,7 @@ def test_doctor_of_a_healthy_installation(installed):
     assert (status, report["problems"], report["warnings"]) == (0, [], [])
     assert report["selftest"] == "passed"
     assert list(report["startup_files"].values()) == ["intact"] * 3
-    states = {patch["target"]: patch["state"] for patch in report["status"]["patches"]}
-    expected = {patch.target: state_here(patch) for patch in PATCHES}
-    assert states == expected | {patch.target: "off" for patch in FAST_RNN}
-    text = installed.run("-m", "hf_packfix", "doctor", variable="1")
-    assert text.returncode == 0
-    assert text.stdout.splitlines()[0] == "healthy"
-    assert "\nHF_PACKFIX is '1': every program that imports transformers is patched\n" in text.stdout
-
-
-def test_doctor_when_it_is_off(installed):
-    status, report = doctor(installed, variable="off")
-    assert (status, report["healthy"], report["problems"]) == (3, False, [])
-    assert report["selftest"] == "skipped: hf_packfix is not enabled"
-    assert report["status"]["reason"] == "HF_PACKFIX=off keeps it off"
-
-
-def test_doctor_names_a_value_that_means_nothing(installed):
-    status, report = doctor(installed, variable="maybe")
-    assert status == 1
-    assert report["problems"][0].startswith("HF_PACKFIX='maybe' is not one of: 1, true")
+    assert not {patch["state"] for patch in report["status"]["patches"]} & {"pending", "refused"}
 
 
 def test_doctor_sees_damaged_start_up_files(installed):
@@ -314,83 +188,3 @@ def test_doctor_sees_damaged_start_up_files(installed):
         assert doctor(installed)[1]["startup_files"][str(path)] == "changed"
     finally:
         path.write_bytes(whole)
-
-
-MINE = """
-import functools
-from transformers import Trainer, Seq2SeqTrainer
-
-def logged(method):
-    @functools.wraps(method)
-    def logs(*args, **kwargs):
-        return method(*args, **kwargs)
-    return logs
-
-class A(Trainer):
-    def prediction_step(self, *args, **kwargs): pass
-    def other(self): pass
-class B(A):
-    # As the original does for what is nested: a call of itself is no call of super().
-    def _prepare_input(self, data): return [self._prepare_input(item) for item in data]
-class C(Seq2SeqTrainer): pass
-class D(C):
-    @logged
-    def prediction_step(self, *args, **kwargs): return super().prediction_step(*args, **kwargs)
-    def floating_point_ops(self, inputs): return [Trainer.floating_point_ops(self, i) for i in [inputs]][0]
-"""
-
-
-def test_doctor_lists_what_trainers_override(installed, tmp_path):
-    (tmp_path / "mine.py").write_text(MINE)
-    status, report = doctor(installed, "--import", "mine", env={"PYTHONPATH": str(tmp_path)})
-    assert status == 0
-    assert report["trainers"] == {
-        "mine.A": {"prediction_step": False},
-        "mine.B": {"_prepare_input": False},
-        "mine.C": {},
-        "mine.D": {"floating_point_ops": True, "prediction_step": True},
-    }
-    moves, predicts = sorted(report["warnings"])
-    assert moves.startswith("_prepare_input does not call super() in mine.B, so the patch of Trainer._prepare_input ")
-    assert predicts.startswith("prediction_step does not call super() in mine.A, ")
-    text = installed.run("-m", "hf_packfix", "doctor", "--import", "mine", env={"PYTHONPATH": str(tmp_path)})
-    assert "  mine.A: prediction_step (does not call super())\n" in text.stdout
-    assert "  mine.C: none\n" in text.stdout
-
-
-def test_doctor_says_what_it_could_not_import(installed, tmp_path):
-    # A package that loads its Trainers when they are asked for, as trl does; one of them cannot be.
-    (tmp_path / "lazy").mkdir()
-    (tmp_path / "lazy/__init__.py").write_text(
-        "def __dir__(): return ['SomeTrainer', 'OtherTrainer', 'other']\n"
-        "def __getattr__(name):\n"
-        "    if name == 'OtherTrainer': raise ImportError('needs\\nmore')\n"
-        "    if name != 'SomeTrainer': raise AttributeError(name)\n"
-        "    from lazy.some import SomeTrainer\n"
-        "    return SomeTrainer\n"
-    )
-    (tmp_path / "lazy/some.py").write_text("from transformers import Trainer\nclass SomeTrainer(Trainer): pass\n")
-    status, report = doctor(installed, "--import", "lazy", env={"PYTHONPATH": str(tmp_path)})
-    assert (status, report["trainers"]) == (0, {"lazy.some.SomeTrainer": {}})
-    assert report["warnings"] == ["lazy.OtherTrainer cannot be loaded: ImportError: needs more"]
-
-    status, report = doctor(installed, "--import", "json", "--import", "no_such_module")
-    assert status == 1
-    assert report["warnings"] == ["--import json: found no Trainer subclass; name the module that defines it"]
-    assert "--import no_such_module: ModuleNotFoundError" in report["problems"][0]
-
-
-def test_doctor_reports_a_failing_self_test(installed):
-    broken = "import transformers\ndel transformers.Trainer.compute_loss\n"
-    code = f"{broken}import sys; from hf_packfix.commands.cli import main; sys.exit(main(['doctor', '--json']))"
-    result = installed.run("-c", code)
-    assert result.returncode == 1
-    assert json.loads(result.stdout)["selftest"].startswith("failed: AttributeError")
-
-
-def test_version(installed):
-    import hf_packfix
-
-    result = installed.run("-m", "hf_packfix", "--version")
-    assert result.stdout == f"hf-packfix {hf_packfix.__version__}\n"
-    assert sys.version_info >= (3, 10)

@@ -109,7 +109,7 @@ def test_one_process_of_a_distributed_run_speaks(environment):
 
 
 @pytest.mark.parametrize("flag", ["-I", "-E", "-S"])
-def test_isolated_modes(environment, flag):
+def test_isolated_modes_are_left_alone(environment, flag):
     result = environment.run(flag, "-c", MODULES, variable="1")
     assert "packfix" not in result.stdout
     assert (result.stderr, result.returncode) == ("", 0)
@@ -126,23 +126,17 @@ def test_the_two_tables_of_values_agree():
 # --- where it runs --------------------------------------------------------------------------------------
 
 
-def test_looking_for_transformers_is_not_importing_it(environment):
-    code = "import importlib.util; assert importlib.util.find_spec('transformers').loader.is_package('transformers')"
-    result = environment.run("-c", f"{code}\n{USES}", variable="1")
-    assert (result.stdout, result.stderr) == (ACTIVATED, "")
-
-
-def test_starting_again_is_harmless(environment):
-    result = environment.run("-c", f"import _hf_packfix_boot as b; b.start(); b.start()\n{USES}", variable="1")
-    assert (result.stdout, result.stderr) == (ACTIVATED, "")
-
-
-def test_other_import_hooks(environment):
-    code = """
+#: What a program may do before it imports transformers.
+BEFORE = {
+    "look for transformers": """
+import importlib.util
+assert importlib.util.find_spec("transformers").loader.is_package("transformers")
+""",
+    "start again": "import _hf_packfix_boot as boot; boot.start(); boot.start()",
+    "put in import hooks": """
 import importlib.util, sys
 class Nothing:
     def find_spec(self, name, path=None, target=None): return None
-class Ancient: pass
 class Asks:
     asking = False
     def find_spec(self, name, path=None, target=None):
@@ -152,8 +146,13 @@ class Asks:
         finally: Asks.asking = False
 sys.meta_path[:0] = [Nothing(), Asks()]
 sys.meta_path += [Nothing()]
-"""
-    result = environment.run("-c", code + USES, variable="1")
+""",
+}
+
+
+@pytest.mark.parametrize("what", BEFORE)
+def test_activation_survives_what_a_program_does_before_it_imports_transformers(environment, what):
+    result = environment.run("-c", f"{BEFORE[what]}\n{USES}", variable="1")
     assert (result.stdout, result.stderr) == (ACTIVATED, "")
 
 
@@ -200,7 +199,7 @@ LATE = ("GetsCode", "OfAnotherFile")
 @pytest.mark.parametrize("where", ["put", "put_below", "answer"])
 @pytest.mark.parametrize("shape", ["LoadModule", "ExecModule", "All", "Delegates", "Slots", *LATE])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_loaders_of_every_shape(environment, shape, where):
+def test_loaders_of_every_shape_load_transformers_and_us(environment, shape, where):
     result = environment.run("-c", f"{STAND_INS}\n{where}({shape})\n{USES}", variable="1")
     first, rest = result.stdout.split("\n", 1)
     late = where == "answer" or (where == "put" and shape in LATE)
@@ -244,7 +243,7 @@ def test_a_program_that_imports_the_package_after_a_finder_in_front(environment)
     assert (result.stdout.splitlines()[-1], result.stderr) == ("[]", "")
 
 
-def test_a_spec_that_takes_no_loader(environment):
+def test_a_spec_that_takes_no_loader_activates_after_transformers(environment):
     code = """
 import importlib.machinery, sys
 class Spec(importlib.machinery.ModuleSpec):
@@ -267,7 +266,7 @@ sys.meta_path.append(importlib.machinery.PathFinder)
     assert (result.stdout.splitlines()[-1], result.stderr) == ("[]", "")
 
 
-def test_without_transformers(environment):
+def test_a_missing_module_is_reported_as_without_us(environment):
     code = """
 try:
     import transformers.nowhere
@@ -277,7 +276,7 @@ except ModuleNotFoundError as error:
     assert environment.run("-c", code, variable="1").stdout == "transformers.nowhere\n"
 
 
-def test_under_m_and_in_a_repl(environment):
+def test_a_module_run_by_m_and_a_repl_are_activated(environment):
     environment.write("program.py", USES)
     assert environment.run("-m", "program", variable="1").stdout == ACTIVATED
     session = environment.run("-i", input="import transformers, sys\nprint(sys.modules['log'])\n", variable="1")
@@ -286,7 +285,7 @@ def test_under_m_and_in_a_repl(environment):
 
 @pytest.mark.parametrize("method", ["spawn", "fork", "subprocess"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_children(environment, tmp_path, method):
+def test_child_processes_are_activated_as_well(environment, tmp_path, method):
     program = tmp_path / "program.py"
     program.write_text(f"""
 import multiprocessing, subprocess, sys
@@ -358,7 +357,7 @@ def test_a_damaged_start_up_file_stops_nothing(environment, tmp_path, name, cont
     assert (result.stdout, result.returncode) == ("ran\n", 0)
 
 
-def test_without_the_boot_module(environment, tmp_path):
+def test_a_missing_boot_module_is_named(environment, tmp_path):
     result = broken(environment, tmp_path, lambda e: (e.site / "_hf_packfix_boot.py").unlink())
     assert (result.stdout, result.returncode) == ("ran\n", 0)
     if version(environment) >= (3, 15):

@@ -28,7 +28,7 @@ from accelerate.state import GradientState
 from accelerate.utils import operations
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 import hf_packfix
 from hf_packfix.models import RecurrentConfig, RecurrentForCausalLM
@@ -37,19 +37,10 @@ from hf_packfix.packing import packed as packing
 from tests.support import oracle, stuck
 from tests.support.layouts import LAYOUTS, arrange
 from tests.support.oracle import Row, rows
+from tests.support.reports import Stream
 
 LONGEST = 9
 ON_CPU = os.environ.get("ACCELERATE_USE_CPU") == "true"
-
-
-class Stream(IterableDataset):
-    """Rows without a length."""
-
-    def __init__(self, data: list[Row]) -> None:
-        self.data = data
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.data)
 
 
 def padded_to_longest(features: list[Row]) -> dict[str, Any]:
@@ -104,10 +95,7 @@ KEYS = ("input_ids", "features")
 def dispatched(collate: Callable[[list[Row]], Any], count: int, split_batches: bool, drop_last: bool) -> Any:
     world = PartialState().num_processes
     loader = DataLoader(
-        Stream(numbered(count)),
-        batch_size=2 * world if split_batches else 3,
-        collate_fn=collate,
-        drop_last=drop_last,
+        Stream(numbered(count)), batch_size=2 * world if split_batches else 3, collate_fn=collate, drop_last=drop_last
     )
     prepared = prepare_data_loader(loader, split_batches=split_batches, dispatch_batches=True, put_on_device=True)
     try:
@@ -154,8 +142,7 @@ def report(packed: bool, streaming: bool = False, **changes: Any) -> dict[str, A
 
     def metrics(prediction: Any) -> dict[str, float]:
         seen.append([listed(prediction.label_ids), listed(prediction.predictions)])
-        real = prediction.label_ids != -100
-        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids)[real].mean())}
+        return oracle.accuracy(prediction)
 
     with tempfile.TemporaryDirectory() as directory:
         trainer = oracle.new_trainer(

@@ -12,13 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of a source file.
-
-    Attributes:
-        file: relative to the package.
-        pattern: a regular expression; a file without a match is an error.
-        replacement: as :func:`re.sub` takes it.
-    """
+    """A change of a source file, given relative to the package, as :func:`re.sub` makes it; no match is an error."""
 
     file: str
     pattern: str
@@ -26,16 +20,9 @@ class Edit:
 
 
 def release(directory: Path, package: str, edits: Iterable[Edit], number: str = "99.0.0") -> Path:
-    """Write a changed copy of an installed package, for ``PYTHONPATH``.
+    """Write a changed copy of an installed package into a directory for ``PYTHONPATH``, and return the directory.
 
-    Args:
-        directory: where to write it; all files that do not change are links.
-        package: to copy.
-        edits: what changes.
-        number: the version of the copy.
-
-    Returns:
-        The directory.
+    Files that do not change are links.
 
     Raises:
         ValueError: a file has nothing that an edit could change.

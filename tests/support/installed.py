@@ -17,14 +17,18 @@ STARTUP = ROOT / "hf_packfix/startup"
 STARTUP_FILES = ("hf_packfix_auto.pth", "hf_packfix_auto.start", "_hf_packfix_boot.py")
 
 
+def build(what: str, source: Path, target: Path) -> Path:
+    """Build a wheel or an sdist and return its path."""
+    command = [sys.executable, "-m", "build", "--no-isolation", f"--{what}", "--outdir", str(target), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    (built,) = target.iterdir()
+    return built
+
+
 @functools.cache
 def wheel() -> Path:
     """Return a wheel of this project, built once a test run."""
-    directory = Path(tempfile.mkdtemp(prefix="hf_packfix_wheel_"))
-    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(directory), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True)
-    (built,) = directory.iterdir()
-    return built
+    return build("wheel", ROOT, Path(tempfile.mkdtemp(prefix="hf_packfix_wheel_")))
 
 
 @functools.cache
@@ -48,12 +52,7 @@ def interpreters() -> dict[str, str]:
 
 
 class Environment:
-    """A virtual environment of its own.
-
-    Attributes:
-        python: its interpreter.
-        site: its site-packages.
-    """
+    """A virtual environment of its own: its interpreter, and its site-packages."""
 
     def __init__(self, directory: Path, base: str = sys.executable) -> None:
         subprocess.run([base, "-m", "venv", "--without-pip", str(directory)], check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""Programs that train for real, each in an interpreter of its own, with a time limit: a deadlock is a failure."""
+"""Programs in an interpreter of their own, with a time limit: a deadlock is a failure."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
-#: What the programs begin with: a seeded tagger, Trainers that shuffle nothing, and the losses of a run.
+#: What programs that train begin with: a seeded tagger, Trainers that shuffle nothing, and the losses of a run.
 TRAINING = """
 import sys, tempfile, threading
 import torch
@@ -40,29 +41,46 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 """
 
+#: What a program that has imported the Trainer ends with: a packed batch moves, and no patch is refused or pending.
+TRAINS = """
+from torch.nn.utils.rnn import pack_sequence
+import torch, types
+t = Trainer.__new__(Trainer)
+t.args = types.SimpleNamespace(device=torch.device("meta"), _n_gpu=1)
+t.is_deepspeed_enabled = False
+p = pack_sequence([torch.ones(1), torch.ones(2)], enforce_sorted=False)
+assert t._prepare_input({"x": p})["x"].data.device.type == "meta"
+import hf_packfix
+assert hf_packfix.is_enabled()
+states = {p.state for p in hf_packfix.status().patches if not p.target.startswith("torch.nn.modules.rnn:")}
+assert "applied" in states <= {"applied", "not-needed", "not-applicable"}, str(hf_packfix.status())
+"""
 
-def environment() -> dict[str, str]:
+
+def environment(*, measured: bool = False) -> dict[str, str]:
     """Return the environment variables of such a program."""
-    # Unmeasured: what these interpreters run is measured elsewhere, and starting them takes half as long again.
-    env = {k: v for k, v in os.environ.items() if k != "HF_PACKFIX" and not k.startswith("COVERAGE")}
+    # What most of these interpreters run is measured elsewhere, and starting them takes half as long again.
+    env = {k: v for k, v in os.environ.items() if k != "HF_PACKFIX" and (measured or not k.startswith("COVERAGE"))}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def run(code: str, *, limit: float = 240) -> str:
-    """Run a program after :data:`TRAINING`; see :func:`interpret`."""
-    return interpret("-c", TRAINING + textwrap.dedent(code), limit=limit)
+def python(
+    *arguments: object, limit: float = 240, measured: bool = False, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run this interpreter; ``env`` adds to :func:`environment`, other options are those of ``subprocess``."""
+    options = {"capture_output": True, "text": True, "check": False} | options
+    variables = environment(measured=measured) | options.pop("env", {})
+    return subprocess.run([sys.executable, *map(str, arguments)], env=variables, timeout=limit, **options)
 
 
-def interpret(*arguments: str, limit: float = 240) -> str:
-    """Start an interpreter and return what it printed; fail if it fails, or takes too many seconds."""
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=limit,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def execute(code: str, *, status: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run code with these environment variables, and check its exit status."""
+    result = python("-c", textwrap.dedent(code), env=variables, limit=300)
+    assert result.returncode == status, result.stderr
+    return result
+
+
+def train(code: str) -> str:
+    """Run code after :data:`TRAINING`, and return what it printed."""
+    return execute(TRAINING + textwrap.dedent(code)).stdout

@@ -5,20 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 LAYOUTS = ["packed", "right", "left", "holes"]
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def arrange(layout: str, sequences: list[Tensor], fill: float = 0) -> tuple[Any, Tensor | None]:
-    """Return the sequences in a layout, and their attention mask where there is padding.
+    """Return sequences ``[T, *]`` in a layout, and their attention mask if there is padding, which holds ``fill``.
 
-    Args:
-        layout: "packed", or where the padding of a padded tensor stands: "right", "left", or "holes" for
-            everywhere.
-        sequences: tensors ``[T, *]``.
-        fill: what stands at padding.
+    The layout is "packed", or where the padding stands: "right", "left", or "holes" for everywhere.
     """
     if layout == "packed":
         return pack_sequence(sequences, enforce_sorted=False), None
@@ -49,15 +46,10 @@ def sequences_of(result: Any, mask: Tensor | None) -> list[Tensor]:
 def run(
     rnn: torch.nn.RNNBase, steps: Tensor, start: tuple[Tensor, Tensor | None] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Run one sequence ``[T, D]`` through a network, cell by cell, without dropout.
+    """Run one sequence ``[T, D]`` through the weights of a network, cell by cell, without dropout.
 
-    Args:
-        rnn: the network, of which only the weights are used.
-        steps: the sequence.
-        start: the hidden and the cell state of every layer and direction before it, ``[L, H]``; zeros by default.
-
-    Returns:
-        The last layer's outputs ``[T, O]``, and the hidden state of every layer and direction at its end.
+    ``start`` is the hidden and the cell state of every layer and direction before it, ``[L, H]``; zeros by default.
+    Returns the last layer's outputs ``[T, O]``, and the hidden state of every layer and direction at its end.
     """
     finals = []
     for layer in range(rnn.num_layers):
@@ -81,3 +73,19 @@ def run(
             finals.append(hidden)
         steps = torch.cat(outputs, dim=1)
     return steps, torch.cat(finals)
+
+
+def assert_same_step(model: nn.Module, output: Any, mask: Tensor | None, logits: list[Tensor], loss: Tensor) -> None:
+    """Compare the logits, the loss and every gradient of a model's output with those of a loop over steps."""
+    gradients = []
+    for each in (output.loss, loss):
+        each.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    found = output.logits if logits[0].dim() == 1 else sequences_of(output.logits, mask)
+    for mine, expected in zip(found, logits, strict=True):
+        torch.testing.assert_close(mine, expected, **CLOSE)
+    torch.testing.assert_close(output.loss, loss, **CLOSE)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, msg=lambda m, n=name: f"{n}: {m}", **CLOSE)

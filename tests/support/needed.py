@@ -17,8 +17,6 @@ from hf_packfix.engine.patch import Patch, revert
 from tests.support.patched import patch_of
 from tests.tools.drift import state_here
 
-__all__ = ["pytest_pyfunc_call"]
-
 
 @contextmanager
 def switched_off(patch: Patch) -> Iterator[None]:

@@ -60,14 +60,9 @@ def compiles() -> bool:
 def rows(
     count: int = 14, *, longest: int = 9, seed: int = 0, labels: str = "tokens", ignored: float = 0.2
 ) -> list[Row]:
-    """Return rows of token ids ``[T]`` of lengths 1 to ``longest``, never sorted by length.
+    """Return rows of token ids ``[T]`` of lengths 1 to ``longest``, which the first two rows have.
 
-    Args:
-        count: the number of rows.
-        longest: the longest length; the first row has length 1 and the second has this one.
-        seed: of the lengths and the contents.
-        labels: "tokens" for one label a step (a part of them -100), "row" for one label a row.
-        ignored: the share of token labels that are -100.
+    ``labels`` is "tokens" for one label a step, of which a share is ignored (-100), or "row" for one a row.
     """
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (count,), generator=generator)
@@ -196,20 +191,23 @@ class Tagger(PreTrainedModel):
         return TokenClassifierOutput(**result, hidden_states=trees)
 
 
-class Classifier(PreTrainedModel):
+class Classifier(Tagger):
     """One label a row, from the state after the last real step."""
-
-    config_class = OracleConfig
-
-    def __init__(self, config: OracleConfig) -> None:
-        super().__init__(config)
-        _build(self)
-        self.post_init()
 
     def forward(
         self, input_ids: Any = None, labels: Any = None, attention_mask: Any = None
     ) -> SequenceClassifierOutput:
         return SequenceClassifierOutput(**_classify(self, input_ids, labels, attention_mask))
+
+
+class DropsIndices(Tagger):
+    """Rebuilds its packed logits as one did before torch 1.1, when there were no index tensors."""
+
+    def forward(self, input_ids: Any = None, labels: Any = None, attention_mask: Any = None, **options: Any) -> Any:
+        result = super().forward(input_ids, labels, attention_mask, **options)
+        if isinstance(result.logits, PackedSequence):
+            result["logits"] = PackedSequence(result.logits.data, result.logits.batch_sizes)
+        return result
 
 
 class PlainTagger(nn.Module):
@@ -232,11 +230,7 @@ class TupleTagger(PlainTagger):
         return tuple(super().forward(input_ids, labels, attention_mask).values())
 
 
-class PlainClassifier(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        _build(self)
-
+class PlainClassifier(PlainTagger):
     def forward(self, input_ids: Any, labels: Any = None, attention_mask: Any = None) -> dict[str, Any]:
         return _classify(self, input_ids, labels, attention_mask)
 
@@ -252,14 +246,7 @@ def new_model(kind: type[nn.Module], seed: int = 0) -> nn.Module:
 
 @dataclass
 class Run:
-    """What a training run reported.
-
-    Attributes:
-        losses: the logged loss of every optimizer step.
-        grad_norms: the logged gradient norm of every optimizer step.
-        state: the Trainer's state at the end.
-        weights: the trained weights, by name.
-    """
+    """What a training run reported: of every optimizer step, and at the end."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -297,16 +284,9 @@ def new_trainer(
     options: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Trainer:
-    """Return a Trainer over ``data`` for training and evaluation.
+    """Return a Trainer that trains and evaluates a model, or a new one of a class, on ``data``.
 
-    Args:
-        directory: the output directory.
-        model: a model, or the class of a new one.
-        data: the rows.
-        collate: the collator.
-        trainer: the Trainer class.
-        options: further arguments of the Trainer.
-        **changes: arguments that differ from :func:`arguments`.
+    ``options`` are further arguments of the Trainer, ``changes`` are those that differ from :func:`arguments`.
     """
     return trainer(
         model=new_model(model) if isinstance(model, type) else model,
@@ -362,6 +342,18 @@ def counted_samples() -> Iterator[list[int]]:
         module.speed_metrics = original
 
 
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Return the share of real steps with the right class, as ``compute_metrics`` does."""
+    real = prediction.label_ids != -100
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids)[real].mean())}
+
+
+def logged(trainer: Trainer) -> list[dict[str, float]]:
+    """Return the losses, gradient norms and accuracies that a Trainer logged, in order."""
+    kept = ("loss", "grad_norm", "eval_loss", "eval_accuracy")
+    return [{key: float(entry[key]) for key in kept if key in entry} for entry in trainer.state.log_history]
+
+
 def train(*args: Any, resume: Any = None, **kwargs: Any) -> Run:
     """Train as :func:`new_trainer` says and return what was reported."""
     trainer = new_trainer(*args, **kwargs)
@@ -398,15 +390,8 @@ def assert_training_equals_padded(
 ) -> tuple[Run, Run]:
     """Assert that packed batches train under the plugin as padded ones train without it; return both runs.
 
-    Args:
-        directory: the output directory.
-        model: the class of the model, or a function that builds one.
-        data: the rows.
-        packed: the collator of the run under the plugin.
-        padded: the collator of the stock run.
-        tolerance: of losses, and ten times that of gradient norms and weights.
-        only_packed: options of the run under the plugin alone.
-        **options: of both runs, as in :func:`train`.
+    ``model`` is a class or a function that builds one. ``options`` are those of :func:`train`, in both runs;
+    ``only_packed`` those of the run under the plugin alone.
     """
 
     def new() -> Any:

@@ -1,18 +1,20 @@
-"""A packed sequence, and a Trainer that only moves batches."""
+"""Packed sequences and their comparison, and a Trainer that only moves batches."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from transformers import Trainer
 
-META = torch.device("meta")
+META, CPU = torch.device("meta"), torch.device("cpu")
 
 
-CPU = torch.device("cpu")
+class Pair(NamedTuple):
+    first: Any
+    second: Any
 
 
 def bare_trainer(device: torch.device = CPU, cls: type[Trainer] = Trainer, dtype: Any = None) -> Trainer:
@@ -30,3 +32,16 @@ def some_packed(dtype: torch.dtype = torch.float32, sort: bool = False) -> Packe
     if sort:
         pieces.sort(key=len, reverse=True)
     return pack_sequence([piece.to(dtype) for piece in pieces], enforce_sorted=sort)
+
+
+def assert_same_fields(found: Any, expected: PackedSequence) -> None:
+    """Compare two packed sequences field by field, dtypes included."""
+    assert isinstance(found, PackedSequence)
+    for name, left, right in zip(PackedSequence._fields, found, expected, strict=True):
+        assert (left is None) == (right is None), name
+        assert right is None or (left.dtype == right.dtype and torch.equal(left, right)), name
+
+
+def assert_same_packed(found: Any, sequences: list[torch.Tensor]) -> None:
+    """Compare with torch's own packing of the sequences."""
+    assert_same_fields(found, pack_sequence(sequences, enforce_sorted=False))

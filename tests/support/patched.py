@@ -5,8 +5,6 @@ from __future__ import annotations
 from hf_packfix.engine.patch import Patch
 from hf_packfix.patches import FAST_RNN, PATCHES
 
-__all__ = ["patch_of"]
-
 
 def patch_of(target: str) -> Patch:
     """Return the patch of ``module:path``."""

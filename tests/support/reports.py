@@ -1,20 +1,17 @@
-"""What an evaluation reports, and that two runs report the same."""
+"""What an evaluation reports and warns of, and that two runs report the same."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import IterableDataset
+from transformers import Trainer
 
-from tests.support.oracle import (
-    Row,
-    new_trainer,
-    packed_batch,
-    padded_batch,
-    stock,
-)
+import hf_packfix
+from tests.support.oracle import Row, new_trainer, packed_batch, padded_batch, stock
 
 
 class Recorder:
@@ -96,3 +93,13 @@ class Stream(IterableDataset):
 
     def __iter__(self):
         return iter(self.data)
+
+
+def messages(trainer: Trainer, method: str, data: Any) -> list[str]:
+    """Call a method of a Trainer twice, and return what hf_packfix warned of."""
+    hf_packfix._warnings._warned.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            getattr(trainer, method)(data)
+    return [str(w.message) for w in caught if w.category is hf_packfix.HFPackfixWarning]

@@ -11,10 +11,7 @@ PROPERTIES = 5
 EXAMPLES = os.environ.get("HF_PACKFIX_EXAMPLES")
 
 attack = settings(
-    max_examples=int(EXAMPLES or 400) // PROPERTIES,
-    derandomize=EXAMPLES is None,
-    deadline=None,
-    database=None,
+    max_examples=int(EXAMPLES or 400) // PROPERTIES, derandomize=EXAMPLES is None, deadline=None, database=None
 )
 
 

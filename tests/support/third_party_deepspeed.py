@@ -56,12 +56,6 @@ def configuration(stage: int, dtype: str) -> dict[str, Any]:
     }
 
 
-def metrics(prediction: Any) -> dict[str, float]:
-    """Return the accuracy over the real steps."""
-    real = prediction.label_ids != -100
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids)[real].mean())}
-
-
 def logged(layout: str, stage: int, dtype: str) -> list[dict[str, float]]:
     """Train for two epochs and evaluate; return what was logged at every step and at the end."""
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the configuration of the run before
@@ -71,7 +65,7 @@ def logged(layout: str, stage: int, dtype: str) -> list[dict[str, float]]:
             FeatureTagger,
             rows(),
             oracle.packed_batch if layout == "packed" else oracle.padded_batch,
-            options={"compute_metrics": metrics},
+            options={"compute_metrics": oracle.accuracy},
             use_cpu=False,  # True turns DeepSpeed off; DS_ACCELERATOR chooses the device
             bf16=dtype == "bf16",
             deepspeed=configuration(stage, dtype),
@@ -80,8 +74,7 @@ def logged(layout: str, stage: int, dtype: str) -> list[dict[str, float]]:
         trainer.evaluate()
     assert trainer.is_deepspeed_enabled
     assert trainer.accelerator.num_processes == 2
-    kept = ("loss", "grad_norm", "eval_loss", "eval_accuracy")
-    return [{key: float(entry[key]) for key in kept if key in entry} for entry in trainer.state.log_history]
+    return oracle.logged(trainer)
 
 
 def allow_cpu() -> None:

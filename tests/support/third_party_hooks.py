@@ -15,7 +15,6 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 #: What the import hooks of typeguard and jaxtyping are asked to instrument.
 INSTRUMENTED = "transformers.trainer"
@@ -37,52 +36,17 @@ def put_in(package: str, directory: str) -> None:
 
 
 def train(packed: bool, directory: str) -> list[dict[str, float]]:
-    """Train and evaluate a tagger; return the losses and gradient norms that were logged."""
-    import torch
-    from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
-    from transformers import Trainer, TrainingArguments
+    """Train and evaluate a tagger; return what was logged."""
+    sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind the installed hf_packfix
+    from tests.support import oracle
 
-    class Tagger(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gru = torch.nn.GRU(2, 4, batch_first=True)
-
-        def forward(self, x: Any, labels: Any) -> dict[str, Any]:
-            states = self.gru(x)[0]
-            if isinstance(x, PackedSequence):
-                return {"loss": torch.nn.functional.cross_entropy(states.data, labels.data), "logits": states}
-            loss = torch.nn.functional.cross_entropy(states.flatten(0, 1), labels.flatten())
-            return {"loss": loss, "logits": states}
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        x, labels = ([row[key] for row in rows] for key in ("x", "labels"))
-        if packed:
-            return {"x": pack_sequence(x, enforce_sorted=False), "labels": pack_sequence(labels, enforce_sorted=False)}
-        return {"x": pad_sequence(x, True), "labels": pad_sequence(labels, True, -100)}
-
-    def metrics(prediction: Any) -> dict[str, float]:
-        real = prediction.label_ids != -100
-        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids)[real].mean())}
-
-    torch.manual_seed(0)
-    rows: Any = [{"x": torch.randn(n, 2), "labels": torch.arange(n) % 4} for n in (3, 1, 5, 2, 4, 4)]
-    args = TrainingArguments(
-        directory,
-        max_steps=4,
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=4,
-        logging_steps=1,
-        learning_rate=0.05,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    trainer = Trainer(Tagger(), args, collate, rows, rows, compute_metrics=metrics)
+    collate = oracle.packed_batch if packed else oracle.padded_batch
+    options = {"compute_metrics": oracle.accuracy}
+    data = oracle.rows(12)
+    trainer = oracle.new_trainer(Path(directory), oracle.PlainTagger, data, collate, options=options, max_steps=4)
     trainer.train()
     trainer.evaluate()
-    kept = ("loss", "grad_norm", "eval_loss", "eval_accuracy")
-    return [{key: float(entry[key]) for key in kept if key in entry} for entry in trainer.state.log_history]
+    return oracle.logged(trainer)
 
 
 def main() -> None:

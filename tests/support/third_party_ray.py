@@ -2,7 +2,7 @@
 
     python tests/support/third_party_ray.py packed|padded FILE
 
-``tests/third_parties.py`` runs this in an environment of its own. Nothing here turns hf_packfix on: the variable
+``tests/tools/third_parties.py`` runs this in an environment of its own. Nothing here turns hf_packfix on: the variable
 ``HF_PACKFIX`` does, or does not, in the processes that Ray starts.
 """
 
@@ -36,9 +36,7 @@ def train(config: dict[str, Any]) -> None:
     trainer.evaluate()
     assert trainer.accelerator.num_processes == 2
     if trainer.is_world_process_zero():
-        kept = ("loss", "grad_norm", "eval_loss")
-        logged = [{key: entry[key] for key in kept if key in entry} for entry in trainer.state.log_history]
-        Path(config["file"]).write_text(json.dumps({"two processes": logged}))
+        Path(config["file"]).write_text(json.dumps({"two processes": oracle.logged(trainer)}))
 
 
 def main() -> None:

@@ -1,17 +1,25 @@
 """What runs on a copy of upstream in which a name is changed: ``python -m tests.support.tomorrow_program LAYOUT...``.
 
 Prints one JSON object: for each layout ("padded", "packed") and use the numbers that were reported, or the error; the
-warnings of hf_packfix; and the states of its patches. ``HF_PACKFIX=0`` runs it without the plugin.
+warnings of hf_packfix, what it logged, and the states of its patches; with ``doctor``, what the doctor reports.
+``HF_PACKFIX=0`` runs it without the plugin.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
+
+_logged: list[str] = []
+_handler = logging.Handler(logging.INFO)
+_handler.emit = lambda record: _logged.append(record.getMessage())  # type: ignore[method-assign]
+logging.getLogger("hf_packfix").addHandler(_handler)
+logging.getLogger("hf_packfix").setLevel(logging.INFO)
 
 with warnings.catch_warnings(record=True) as _at_import:
     warnings.simplefilter("always")
@@ -125,10 +133,15 @@ def run(layout: str) -> dict[str, Any]:
 def main() -> None:
     with warnings.catch_warnings(record=True) as later:
         warnings.simplefilter("always")
-        found = {layout: run(layout) for layout in sys.argv[1:]}
+        found: dict[str, Any] = {layout: run(layout) for layout in sys.argv[1:] if layout != "doctor"}
     kept = [str(w.message) for w in [*_at_import, *later] if issubclass(w.category, hf_packfix.HFPackfixWarning)]
     states = {patch.target: patch.state for patch in hf_packfix.status().patches}
-    print(json.dumps({**found, "warnings": kept, "states": states}))
+    if "doctor" in sys.argv:
+        from hf_packfix.commands.doctor import examine
+
+        report = examine([])
+        found |= {"problems": report.problems, "healthy": report.healthy}
+    print(json.dumps({**found, "warnings": kept, "logged": _logged, "states": states}))
 
 
 if __name__ == "__main__":

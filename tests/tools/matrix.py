@@ -50,15 +50,7 @@ TOOLS = ["datasets", "hypothesis", "optuna", "psutil", "pytest", "pytest-timeout
 
 @dataclass(frozen=True)
 class Result:
-    """What pytest reported on one pair.
-
-    Attributes:
-        name: the versions of the pair.
-        passed, failed, skipped: numbers of tests; a run without a report counts as one failure.
-        seconds: of the tests, without the installation.
-        reasons: why tests were skipped.
-        output: what pytest printed.
-    """
+    """What pytest reported on one pair; a run without a report counts as one failure."""
 
     name: str
     passed: int
@@ -81,9 +73,7 @@ def requirements(pair: dict[str, str]) -> list[str]:
 def interpreter(cache: Path, torch: str | None = None) -> Path:
     """Return the Python of an environment that has torch and nothing else.
 
-    Args:
-        cache: where the environment is.
-        torch: the release that pip installs; by default, this interpreter's own is linked.
+    pip installs the release that is given; by default, this interpreter's own is linked.
     """
     base = cache / f"torch-{torch or distribution('torch').version}"
     python = base / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -125,12 +115,7 @@ def install(pair: dict[str, str], cache: Path) -> Path:
 
 
 def newest(cache: Path, *, pre: bool) -> tuple[dict[str, str], Path]:
-    """Install what pip resolves today; return the pair that it is, and the folder.
-
-    Args:
-        cache: where the folder is.
-        pre: whether pre-releases count.
-    """
+    """Install what pip resolves today, with or without pre-releases; return the pair that it is, and the folder."""
     name = "newest-pre" if pre else "newest"
     shutil.rmtree(cache / name, ignore_errors=True)
     flags = ["--pre"] if pre else []
@@ -141,14 +126,7 @@ def newest(cache: Path, *, pre: bool) -> tuple[dict[str, str], Path]:
 
 
 def fill(cache: Path, name: str, needs: list[str], alone: list[str]) -> Path:
-    """Return a folder with what pip installs, unless it is there.
-
-    Args:
-        cache: where the folder is, or will be.
-        name: of the folder around it.
-        needs: requirements, installed with their own.
-        alone: requirements that are installed without theirs.
-    """
+    """Return a folder with what pip installs, unless it is there: ``alone`` without their requirements."""
     # Under that name: dill, with which `datasets` takes fingerprints, pickles modules elsewhere by their contents.
     target = cache / name / "site-packages"
     complete, asked = target / "complete.json", [needs, alone]

@@ -29,13 +29,7 @@ CACHE = Path(tempfile.gettempdir()) / "hf_packfix_pythons"
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the tests.
-
-    Attributes:
-        requirements: what pip installs before it runs.
-        arguments: what pytest is called with.
-        variables: environment variables of the run.
-    """
+    """A part of the tests: what pip installs for it, and how pytest is called."""
 
     requirements: tuple[str, ...]
     arguments: tuple[str, ...]
@@ -46,9 +40,7 @@ PARTS = {
     # No conftest: it imports torch. HF_PACKFIX=0: otherwise importing hf_packfix activates it, which requires
     # transformers. The tests set the variable themselves for the interpreters that they start.
     "startup": Part(
-        ("pytest", "pytest-timeout"),
-        ("--noconftest", "tests/startup/test_startup.py"),
-        {"HF_PACKFIX": "0"},
+        ("pytest", "pytest-timeout"), ("--noconftest", "tests/startup/test_startup.py"), {"HF_PACKFIX": "0"}
     ),
     "conformance": Part(
         # Without the extra `test`: not all that it names has been released for the newest Python.

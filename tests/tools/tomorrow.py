@@ -1,6 +1,6 @@
 """What happens on the day upstream renames something: every name that a patch uses, renamed in a copy of upstream.
 
-    python -m tests.tools.tomorrow [NAME ...] [--propose] [--jobs N] [--markdown FILE]
+    python -m tests.tools.tomorrow [NAME ...] [--propose] [--jobs N]
 
 For each name (all that are declared, by default), copies of transformers, accelerate and torch in which it has another
 name run ``tests/support/tomorrow_program.py``: an ordinary program without the plugin and with it, and a packed one.
@@ -24,7 +24,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -50,14 +49,12 @@ OF_PROGRAMS = {"label_smoothing_factor", "include_num_input_tokens_seen", "predi
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened under one name.
+    """What happened under one renamed name.
 
     Attributes:
-        name: that was renamed.
-        way: how; empty if upstream itself breaks in every way.
+        way: how it was renamed; empty if upstream itself breaks in every way.
         ordinary: "same", or what differs.
         packed: for every use "right", "raises: ...", "WRONG, with a warning" or "WRONG".
-        warnings: those of hf_packfix.
     """
 
     name: str
@@ -189,31 +186,21 @@ def row(found: Outcome) -> str:
     return f"| `{found.name}` | {found.way} | {found.ordinary} | {packed}{warned} |"
 
 
-def table(names: list[str], jobs: int) -> Iterator[Outcome]:
-    """Yield the outcome of every name, in order."""
-    baseline()
-    with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(outcome, names)
-
-
 def main() -> int:
     """Print the table; return 1 if a name breaks something silently."""
     parser = argparse.ArgumentParser(description="rename what the patches use, and see what happens")
     parser.add_argument("names", nargs="*", metavar="NAME", help="every declared one by default")
     parser.add_argument("--propose", action="store_true", help="add the undeclared names in the targets' code")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--markdown", type=Path, help="write the table to this file, too")
     options = parser.parse_args()
     names = options.names or [*declared(), *(proposed() if options.propose else [])]
-    lines = ["| renamed | as | a padded program, plugin on | a packed program |", "|---|---|---|---|"]
-    print("\n".join(lines), flush=True)
+    print("| renamed | as | a padded program, plugin on | a packed program |\n|---|---|---|---|", flush=True)
     failed = False
-    for found in table(names, options.jobs):
-        failed |= not found.is_harmless
-        lines.append(row(found))
-        print(lines[-1], flush=True)
-    if options.markdown:
-        options.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    baseline()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for found in pool.map(outcome, names):
+            failed |= not found.is_harmless
+            print(row(found), flush=True)
     return int(failed)
 
 

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import sys
-import threading
 import warnings
 
 import pytest
-import torch
-from torch.nn.utils.rnn import pack_sequence
 from transformers import Trainer
 
 import hf_packfix
 from hf_packfix.activation import control, versions
 from hf_packfix.activation.control import state
 from hf_packfix.patches import PATCHES
-from tests.support.oracle import stock
-from tests.support.packed_sequences import bare_trainer, some_packed
+from tests.support.interpreters import TRAINS, execute
 from tests.support.patched import patch_of
-from tests.support.programs import TRAINS, run
 
 PATCH = patch_of("transformers.trainer:Trainer._prepare_input")
 
@@ -38,10 +32,9 @@ PATCH = patch_of("transformers.trainer:Trainer._prepare_input")
         "from transformers import Trainer as T\nclass Trainer(T): pass\nimport hf_packfix",
     ],
 )
-def test_any_order_of_imports(first):
+def test_any_order_of_imports_patches_the_trainer(first):
     # `Seq2SeqTrainer` brings in the last of the modules that are patched.
-    result = run(first + "\nfrom transformers import Seq2SeqTrainer, BatchFeature" + TRAINS)
-    assert result.returncode == 0, result.stderr
+    execute(first + "\nfrom transformers import Seq2SeqTrainer, BatchFeature" + TRAINS)
 
 
 STEPS = {
@@ -66,9 +59,9 @@ ORDERS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
-def test_any_order_with_a_foreign_patch(order):
+def test_a_foreign_patch_stays_in_any_order_of_turning_on_and_off(order):
     on = next(step for step in reversed(order) if step in ("import", "disable", "enable")) != "disable"
-    result = run(
+    result = execute(
         "calls = []\n"
         + "\n".join(STEPS[step] for step in order)
         + f"""
@@ -99,21 +92,24 @@ except AssertionError:
     assert result.stdout == "done\n", result.stderr
 
 
-def test_import_loads_neither_torch_nor_transformers():
-    result = run(
+def test_an_import_loads_neither_torch_nor_transformers_nor_the_models():
+    execute(
         """
         import sys, hf_packfix
         text = str(hf_packfix.status())
         assert not {"torch", "transformers", "accelerate"} & set(sys.modules)
         assert "_prepare_input" in text and "pending" in text, text
         assert hf_packfix.is_enabled()
+        hf_packfix.DataCollatorForPackedSequence()
+        import transformers.trainer
+        assert hf_packfix.is_enabled()
+        assert not [name for name in sys.modules if name.startswith("hf_packfix.models")]
         """
     )
-    assert result.returncode == 0, result.stderr
 
 
 def test_a_program_without_torch_is_not_made_to_load_it():
-    result = run(
+    execute(
         """
         import sys, types
         stand_in = types.ModuleType("transformers.feature_extraction_utils")
@@ -129,24 +125,15 @@ def test_a_program_without_torch_is_not_made_to_load_it():
         assert Trainer._prepare_input.__wrapped__
         """
     )
-    assert result.returncode == 0, result.stderr
 
 
 def test_activation_leaves_the_process_state_of_accelerate_alone():
     # Creating it fixes whether the process is distributed, which is up to the Trainer's arguments.
-    result = run(
+    execute(
         "import hf_packfix; from transformers import Seq2SeqTrainer, Trainer; hf_packfix.enable();"
         "from accelerate.state import AcceleratorState, GradientState, PartialState;"
         "assert not PartialState._shared_state and not AcceleratorState._shared_state"
     )
-    assert result.returncode == 0, result.stderr
-
-
-def test_enable_twice_wraps_once():
-    wrapper = vars(Trainer)["_prepare_input"]
-    hf_packfix.enable()
-    assert vars(Trainer)["_prepare_input"] is wrapper
-    assert not hasattr(wrapper.__wrapped__, "__wrapped__")
 
 
 def test_disable_puts_the_very_same_objects_back():
@@ -171,48 +158,13 @@ def test_disable_puts_the_very_same_objects_back():
                 assert code is None or not code.co_filename.startswith(package), (module, name)
 
 
-@pytest.mark.parametrize("says_what_it_wraps", [True, False])
-def test_a_later_wrapper_is_left_standing(monkeypatch, says_what_it_wraps):
-    ours, calls = vars(Trainer)["_prepare_input"], []
-
-    def theirs(self, data):
-        calls.append(data)
-        return ours(self, data)
-
-    if says_what_it_wraps:
-        theirs = functools.wraps(ours)(theirs)
-    original = ours.__wrapped__
-    Trainer._prepare_input = theirs
-    try:
-        assert hf_packfix.is_enabled()
-        assert "wrapped in turn" in PATCH.status(True).detail
-        hf_packfix.disable()
-        assert vars(Trainer)["_prepare_input"] is theirs
-        assert not hf_packfix.is_enabled()
-        with pytest.raises(AssertionError):  # passes through to stock
-            bare_trainer()._prepare_input(some_packed())
-        assert bare_trainer()._prepare_input(5) == 5
-        hf_packfix.enable()
-        assert vars(Trainer)["_prepare_input"] is theirs  # still wrapped once
-        assert bare_trainer()._prepare_input(some_packed()).data.shape == (6, 2)
-        assert calls
-    finally:
-        Trainer._prepare_input = ours
-        hf_packfix.disable()
-    assert vars(Trainer)["_prepare_input"] is original
-
-
-def test_an_overwritten_patch_is_seen_and_put_back():
-    original = vars(Trainer)["_prepare_input"].__wrapped__
-    Trainer._prepare_input = original
+def test_an_overwritten_patch_is_reported_and_applied_again():
+    wrapper = vars(Trainer)["_prepare_input"]
+    Trainer._prepare_input = wrapper.__wrapped__
     assert not hf_packfix.is_enabled()
-    assert not hf_packfix.status().enabled
-    assert PATCH.status(True).state == "refused"
-    assert "replaced it after activation" in PATCH.status(True).detail
+    assert "a patch was overwritten since" in hf_packfix.status().reason
     hf_packfix.enable()
-    assert hf_packfix.is_enabled()
-    hf_packfix.disable()
-    assert vars(Trainer)["_prepare_input"] is original
+    assert vars(Trainer)["_prepare_input"] is wrapper
 
 
 def test_an_import_hook_never_raises(monkeypatch, caplog):
@@ -226,28 +178,7 @@ def test_an_import_hook_never_raises(monkeypatch, caplog):
     assert "could not patch transformers.trainer: RuntimeError: the patches cannot be read" in caplog.text
 
 
-def test_threads_may_toggle_at_once():
-    original = vars(Trainer)["_prepare_input"].__wrapped__
-    errors = []
-
-    def toggle():
-        try:
-            for _ in range(10):
-                hf_packfix.enable()
-                hf_packfix.disable()
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=toggle) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    assert vars(Trainer)["_prepare_input"] is original
-
-
-def test_status_reads_well():
+def test_the_status_names_every_patch_with_its_problem_and_its_fix():
     status = hf_packfix.status()
     assert status.enabled
     assert status.activated_by
@@ -293,8 +224,7 @@ importlib_metadata.version = lambda name: "{version}" if name == "transformers" 
 
 
 def test_import_raises_below_the_floor():
-    result = run(OLD.format(version="4.45.2") + "import hf_packfix")
-    assert result.returncode == 1
+    result = execute(OLD.format(version="4.45.2") + "import hf_packfix", status=1)
     assert "UnsupportedVersionError" in result.stderr
     assert "4.45.2" in result.stderr
 
@@ -302,15 +232,14 @@ def test_import_raises_below_the_floor():
 def test_newer_than_tested_is_no_news_when_all_is_as_expected():
     code = "import logging; logging.basicConfig(level=logging.INFO, stream=sys.stdout)\nimport hf_packfix\n"
     code += "from transformers import Trainer, Seq2SeqTrainer, BatchFeature"
-    result = run(OLD.format(version="99.0.0") + code + TRAINS, PYTHONWARNINGS="always::UserWarning")
-    assert result.returncode == 0, result.stderr
+    result = execute(OLD.format(version="99.0.0") + code + TRAINS, PYTHONWARNINGS="always::UserWarning")
     assert "packfix" not in result.stderr
     (line,) = [line for line in result.stdout.splitlines() if "newer" in line and "packfix" in line]
     assert line == "INFO:hf_packfix:newer than what hf_packfix was tested with, judged by probes: transformers 99.0.0"
 
 
-def test_the_kill_switch():
-    result = run(
+def test_the_kill_switch_keeps_an_import_and_enable_off():
+    execute(
         """
         import warnings, hf_packfix
         assert not hf_packfix.is_enabled()
@@ -325,46 +254,16 @@ def test_the_kill_switch():
         """,
         HF_PACKFIX="0",
     )
-    assert result.returncode == 0, result.stderr
 
 
-def test_warnings_point_at_the_caller(monkeypatch):
+@pytest.mark.parametrize("caller", ["somebodys_module", "hf_packfix_examples"])  # whose name begins like ours
+def test_warnings_point_at_the_caller(monkeypatch, caller):
     monkeypatch.setenv("HF_PACKFIX", "off")
     monkeypatch.setattr("hf_packfix._warnings._warned", set())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        hf_packfix.enable()
-    assert caught[0].filename == __file__
-
-
-def test_a_module_whose_name_begins_like_ours_is_a_caller(monkeypatch):
-    monkeypatch.setenv("HF_PACKFIX", "off")
-    monkeypatch.setattr("hf_packfix._warnings._warned", set())
-    code = compile("hf_packfix.enable()", "theirs.py", "exec")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        exec(code, {"hf_packfix": hf_packfix, "__name__": "hf_packfix_examples"})
+        exec(compile("hf_packfix.enable()", "theirs.py", "exec"), {"hf_packfix": hf_packfix, "__name__": caller})
     assert caught[0].filename == "theirs.py"
-
-
-def test_a_patched_trainer_can_be_copied_and_inspected():
-    import copy
-    import inspect
-    import pickle
-
-    trainer = bare_trainer()
-    trainer.bound = trainer._prepare_input
-    copied = copy.deepcopy(trainer)
-    assert copied.bound.__self__ is copied
-    assert pickle.loads(pickle.dumps(Trainer._prepare_input)) is Trainer._prepare_input
-    assert list(inspect.signature(Trainer._prepare_input).parameters) == ["self", "data"]
-    assert "Prepares one `data`" in inspect.getsource(Trainer._prepare_input)
-
-
-def test_stock_is_stock():
-    packed = pack_sequence([torch.ones(1), torch.ones(2)], enforce_sorted=False)
-    with stock(), pytest.raises(AssertionError):
-        bare_trainer()._prepare_input(packed)
 
 
 def test_disabled_restores_the_originals_inside_and_all_that_was_afterwards():

@@ -16,8 +16,7 @@ from transformers.trainer_pt_utils import EvalLoopContainer
 from hf_packfix import evaluation, pad, with_data
 from hf_packfix.patches import accelerate_utils_operations
 from tests.support.oracle import PlainTagger, Tagger, new_trainer, packed_batch, padded_batch, rows, stock
-from tests.support.reports import assert_same_report, assert_same_tree, report
-from tests.support.warned import messages
+from tests.support.reports import assert_same_report, assert_same_tree, messages, report
 
 LENGTHS = [[3, 1], [1, 1, 1], [2, 7], [7], [4, 6, 5]]
 
@@ -97,7 +96,7 @@ def test_the_arrays_are_those_of_stock(concatenations, to_cpu_after, dtype, trai
     assert_same_tree(found, expected)
 
 
-def test_packs_that_nobody_padded(concatenations):
+def test_packed_sequences_that_nobody_padded_are_joined_as_padded_ones(concatenations):
     found = collect(batches())
     with stock():
         expected = collect(list(map(padded_by_stock, batches())))
@@ -110,7 +109,7 @@ def padded_by_stock(tree: Any) -> Any:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_scalar_beside_packed_sequences(count):
+def test_a_scalar_beside_packed_sequences_is_joined_as_in_stock(count):
     trees = [(padded_tensors(packed), torch.tensor(float(n))) for n, (packed, _) in enumerate(batches()[:count])]
     found = collect(trees)
     with stock():
@@ -146,7 +145,7 @@ def test_preprocessed_logits_are_joined_once(tmp_path, concatenations, kind, cha
     assert_same_tree(found.label_ids, expected.label_ids)
 
 
-def test_memory_that_is_used_again_for_the_next_batch(tmp_path):
+def test_memory_that_is_used_again_for_the_next_batch_spoils_nothing(tmp_path):
     memory = torch.empty(64, 64)
 
     def preprocess(logits, labels):
@@ -195,7 +194,7 @@ def test_an_evaluation_concatenates_nothing(tmp_path, concatenations):
     assert_same_report(found, expected)
 
 
-def test_inference_mode(tmp_path):
+def test_an_evaluation_in_inference_mode_reports_the_same(tmp_path):
     with torch.inference_mode():
         found = report(tmp_path, Tagger, packed_batch, rows())
     with stock():
