@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from hf_packfix.commands.pages import TITLE, reference
+from hf_packfix.commands.pages import MODULES, TITLE, reference
+from hf_packfix.models import RecurrentConfig
 from hf_packfix.patches import FAST_RNN, FIRST_USE, PATCHES
 from tests.support.interpreters import environment, python
 
@@ -76,3 +79,25 @@ def test_a_reader_that_stops_is_no_error(arguments):
     process.stdout.close()  # before the first line
     _, stderr = process.communicate(timeout=240)
     assert (process.returncode, stderr) == (0, b"")
+
+
+# --- the API -----------------------------------------------------------------------------------------------
+
+REFERENCE = reference()
+
+
+def test_every_public_name_has_an_entry_that_says_something():
+    public = {f"{name}.{word}" for name in MODULES for word in importlib.import_module(name).__all__}
+    entries = [entry.split("\n", 1) for entry in REFERENCE.split("\n### ")[1:]]
+    assert {title for title, _ in entries} == public - {"hf_packfix.__version__"}
+    for title, text in entries:
+        assert len(text.split("```")[2].strip()) > 20, title
+
+
+def test_an_entry_is_the_call_and_the_docstring():
+    text = "batch_size(packed: PackedSequence) -> int\n```\n\nReturn B, the number of sequences.\n"
+    assert f"\n### hf_packfix.batch_size\n\n```text\n{text}" in REFERENCE
+    call = REFERENCE.split("### hf_packfix.models.RecurrentConfig\n\n```text\n")[1].split("\n```")[0]
+    assert "\n    cell_type: str = 'gru',\n    vocab_size: int | None = None,\n" in call
+    assert inspect.cleandoc(RecurrentConfig.__doc__ or "").split("Example:")[0].replace("``", "`") in REFERENCE
+    assert "\n#### hf_packfix.models.RecurrentForCausalLM.labels_in_loss\n" in REFERENCE

@@ -92,7 +92,6 @@ FILES = [
     "__init__.py",
     "_version.py",
     "_warnings.py",
-    "activation/__init__.py",
     "activation/control.py",
     "activation/environment.py",
     "activation/status_report.py",
@@ -293,7 +292,7 @@ def test_a_strange_trainer_module_fails_or_loads_as_without_us(environment, faul
 
 TRAINER = """
 class Trainer:
-    def _prepare_input(self, data): pass
+    def _prepare_input(self, data): self.args, self.is_deepspeed_enabled
     def floating_point_ops(self, inputs): pass
 """
 
@@ -304,6 +303,7 @@ def test_a_broken_file_that_is_needed_late_is_one_line(environment, name, first)
     """With torch after transformers it is an import hook that fails, again and again."""
     environment.write(f"hf_packfix/{name}", "def f(")
     environment.write("transformers/trainer.py", TRAINER)
+    environment.write("transformers/training_args.py", "class TrainingArguments:\n    device = _n_gpu = None\n")
     environment.write("transformers/trainer_pt_utils.py", "def nested_detach(tensors): pass\n")
     modules = ["torch", "transformers"] if first == "torch" else ["transformers", "torch"]
     modules += ["transformers.trainer", "transformers.trainer_pt_utils"]
