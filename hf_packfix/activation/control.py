@@ -78,9 +78,9 @@ def enable(*, force: bool = False, fast_rnn: bool | None = None) -> None:
 
     Args:
         force: go on past a version refusal, and past ``HF_PACKFIX=0``.
-        fast_rnn: whether ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` train on packed data on a CPU with a backward of our
-            own. By default, what ``HF_PACKFIX_FAST_RNN`` asks for, if hf_packfix is not enabled yet; if it is, this
-            stays as it is.
+        fast_rnn: whether ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` run packed data with operators of our own: on a CPU in
+            training, on a GPU (LSTM and GRU) as padded data whose state is held still over padding. By default, what
+            ``HF_PACKFIX_FAST_RNN`` asks for, if hf_packfix is not enabled yet; if it is, this stays as it is.
 
     Raises:
         UnsupportedVersionError: transformers or accelerate is missing or too old.

@@ -10,7 +10,7 @@ import sys
 
 VARIABLE = "HF_PACKFIX"
 
-#: Asks for the recurrent layers on a CPU as well; alone it activates nothing.
+#: Asks for the recurrent layers as well; alone it activates nothing.
 FAST_RNN_VARIABLE = "HF_PACKFIX_FAST_RNN"
 
 #: The accepted values, by what they ask for; case and surrounding blanks do not matter.

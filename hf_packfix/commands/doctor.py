@@ -215,7 +215,7 @@ def _text(report: Report, verbose: bool) -> str:
         f"Python {report.python} on {report.platform}",
         f"{VARIABLE} is {_set(report.variable)}: {EFFECTS[requested()]}",
         f"{FAST_RNN_VARIABLE} is {_set(report.fast_rnn_variable)}: nn.LSTM, nn.GRU and nn.RNN "
-        + ("use hf_packfix.rnn on packed data on a CPU" if report.fast_rnn else "are torch's own"),
+        + ("use hf_packfix.rnn on packed data" if report.fast_rnn else "are torch's own"),
         *(str(report.status).splitlines() if verbose else report.status.summary()),
         f"self-test (a packed batch through train and evaluate): {report.selftest}",
     ]

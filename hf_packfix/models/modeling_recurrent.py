@@ -1,4 +1,4 @@
-"""Recurrent models as transformers models, on ``torch.nn.RNN``, ``LSTM`` and ``GRU`` as ``hf_packfix.rnn`` has them.
+"""Recurrent models as transformers models, on ``torch.nn.RNN``, ``LSTM`` and ``GRU``.
 
 Shapes: B sequences, T steps in the longest one, N steps in all, D features, V token ids, C labels, and
 O = ``config.output_size`` (the hidden size of every direction). Inputs are padded, ``[B, T]`` token ids or
@@ -30,11 +30,11 @@ from hf_packfix.models.steps import Steps, is_exporting, is_tracing, map_steps, 
 from hf_packfix.models.traced import run_exported, run_traced
 from hf_packfix.models.upstream import CACHE_NAME, given_state
 from hf_packfix.packing.packed import PackedSequence, with_data
-from hf_packfix.rnn import GRU, LSTM, RNN
+from hf_packfix.rnn import call
 
 Output = TypeVar("Output", bound=ModelOutput)
 
-_CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
+_CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 
 
 @dataclass
@@ -159,14 +159,14 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if isinstance(inputs, Tensor) and is_exporting():
             steps, state = run_exported(self.rnn, self._embed(inputs), real, start)
         elif real is None:
-            steps, state = self.rnn(map_steps(self._embed, inputs), start)
+            steps, state = call(self.rnn, map_steps(self._embed, inputs), start)
         elif is_tracing():
             assert isinstance(inputs, Tensor)
             steps, state = run_traced(self.rnn, self._embed(inputs), real, start)
         else:
             assert isinstance(inputs, Tensor)
             packed = pack(inputs, real)
-            steps, state = self.rnn(with_data(packed, self._embed(packed.data)), start)
+            steps, state = call(self.rnn, with_data(packed, self._embed(packed.data)), start)
             steps = unpack(steps, real)
         width = inputs.batch_sizes.numel() if isinstance(inputs, PackedSequence) else inputs.shape[1]
         final = RecurrentCache.from_state(state, width + (0 if begun is None else begun.seen_steps))

@@ -1,54 +1,71 @@
 """What the layers of this folder cover; everything else is torch's own.
 
-Covered are ``nn.LSTM`` without projections, ``nn.GRU`` and ``nn.RNN`` over a PackedSequence of float32 or float64 on
-the CPU, in eager mode. Not covered: autocast, ``torch.compile``, ``torch.jit``, functorch transforms, forward-mode
-differentiation, dispatch and function modes, tensor subclasses, and whatever torch refuses: its own layer then raises
-its own error.
+Covered are ``nn.LSTM`` without projections, ``nn.GRU`` and ``nn.RNN`` over a PackedSequence in eager mode: of float32
+or float64 on a CPU, on a GPU of what cuDNN takes. Not covered: ``torch.compile``, ``torch.jit``, functorch transforms,
+forward-mode differentiation, dispatch and function modes, tensor subclasses, autocast on a CPU, and whatever torch
+refuses: its own function then raises its own error.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["autocast_is_enabled", "is_eager", "is_plain", "sizes_of", "states_of", "weights_of"]
+__all__ = ["LEANS_ON", "autocast_is_enabled", "is_compiling", "is_eager", "is_plain", "sizes_of", "takes_weights"]
 
-_KINDS: dict[str, type[nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
+#: What of torch is read here, most of it private: the only way to see what a tensor is below its type (whether vmap or
+#: a functorch transform wraps it, an inference tensor, its layout, device and lazy negation) in a microsecond, and
+#: what is active. Without any of them, nothing is covered.
+LEANS_ON = (
+    "torch._C:_dispatch_keys",
+    "torch._C._functorch:peek_interpreter_stack",
+    "torch._C:_len_torch_dispatch_stack",
+    "torch._C:_len_torch_function_stack",
+    "torch.compiler:is_compiling",
+    "torch.jit:is_tracing",
+    "torch.autograd.forward_ad:_current_level",
+)
 _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
-_METHODS = ("check_forward_args", "check_input", "check_hidden_size", "permute_hidden")
 _TYPES = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.float64)
 
-# Private, and the only way to see what a tensor is below its type: whether vmap or a functorch transform wraps it, an
-# inference tensor, its layout, device and lazy negation, in a microsecond. Without them, nothing is covered.
-_keys = getattr(torch._C, "_dispatch_keys", None)
-_functorch = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
-_function_modes = getattr(torch._C, "_len_torch_function_stack", None)
+
+def _find(name: str) -> Any:
+    module, _, path = name.partition(":")
+    return reduce(lambda owner, part: getattr(owner, part, None), path.split("."), sys.modules.get(module))
+
+
+_found = [_find(name) for name in LEANS_ON]
+_is_known = None not in _found
+_keys, _functorch, _dispatch_modes, _function_modes, _is_compiling, _is_tracing, _ = _found
 _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", None)
-_is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", None)
-_known = None not in (_keys, _functorch, _dispatch_modes, _function_modes, _is_compiling)
 
 
-def _ordinary_keys() -> list[Any]:
-    if _keys is None:
-        return []
-    ordinary = torch.empty(0, device="cpu")
+def _ordinary_keys(device: str) -> list[Any]:
+    ordinary = torch.empty(0, device=device)
     with torch.inference_mode():
-        return [_keys(ordinary), _keys(torch.empty(0, device="cpu"))]
+        return [_keys(ordinary), _keys(torch.empty(0, device=device))]
 
 
-_ORDINARY = _ordinary_keys()
+_ORDINARY = {"cpu": _ordinary_keys("cpu")} if _is_known else {}
 
 
 def is_plain(tensor: Any) -> bool:
-    """Return whether this is an ordinary dense tensor or parameter on the CPU, that no transform wraps."""
-    return type(tensor) in _TYPES and _keys is not None and _keys(tensor) in _ORDINARY
+    """Return whether this is an ordinary dense tensor or parameter, that no transform wraps."""
+    if type(tensor) not in _TYPES:
+        return False
+    keys = _keys(tensor)
+    if keys in _ORDINARY["cpu"]:
+        return True
+    if tensor.is_cuda and "cuda" not in _ORDINARY:
+        _ORDINARY["cuda"] = _ordinary_keys("cuda")
+    return tensor.is_cuda and keys in _ORDINARY["cuda"]
 
 
 def autocast_is_enabled() -> bool:
@@ -58,82 +75,74 @@ def autocast_is_enabled() -> bool:
     return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
 
 
+def is_compiling() -> bool:
+    """Return whether ``torch.compile`` reads this; also if that cannot be known."""
+    return not _is_known or bool(_is_compiling())
+
+
 def is_eager() -> bool:
     """Return whether operations do now what they say, and nothing records, traces or transforms them but autograd."""
     return (
-        _known
-        and not _is_compiling()  # type: ignore[misc]
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        and _functorch() is None  # type: ignore[misc]
-        and not _dispatch_modes()  # type: ignore[misc]
-        and not _function_modes()  # type: ignore[misc]
+        _is_known
+        and not _is_compiling()
+        and not _is_tracing()
+        and _functorch() is None
+        and not _dispatch_modes()
+        and not _function_modes()
         and forward_ad._current_level < 0
-        and not autocast_is_enabled()
     )
 
 
-def sizes_of(layer: nn.RNNBase, packed: PackedSequence) -> list[int] | None:
-    """Return the batch sizes of a packed sequence that the layer takes and this folder covers; None otherwise."""
-    data, batch_sizes, *indices = packed
-    kind = _KINDS.get(layer.mode)
+def sizes_of(data: Any, batch_sizes: Any) -> list[int] | None:
+    """Return the batch sizes of a packed sequence; None if this folder does not cover it.
+
+    Args:
+        data: ``[N, D]``.
+        batch_sizes: int64 ``[T]``, on the CPU.
+    """
     if (
-        kind is None
-        or layer.proj_size
-        or not is_plain(data)
-        or data.dtype not in _DTYPES
+        not is_plain(data)
         or data.dim() != 2
-        or data.shape[1] != layer.input_size
+        or not (data.is_cuda or data.dtype in _DTYPES)
         or not is_plain(batch_sizes)
+        or batch_sizes.device.type != "cpu"
         or batch_sizes.dtype != torch.int64
         or batch_sizes.dim() != 1
     ):
         return None
-    # A subclass that checks or permutes in its own way does so in torch's forward.
-    if type(layer) is not kind and any(getattr(type(layer), name) is not getattr(kind, name) for name in _METHODS):
-        return None
     sizes: list[int] = batch_sizes.tolist()
     if not sizes or sizes[-1] < 1 or sum(sizes) != data.shape[0] or sizes != sorted(sizes, reverse=True):
         return None
-    for index in indices:
-        if index is not None and not (
-            is_plain(index) and index.dtype == torch.int64 and tuple(index.shape) == (sizes[0],)
-        ):
-            return None
     return sizes
 
 
-def states_of(layer: nn.RNNBase, hx: Any, data: Tensor, sequences: int) -> list[Tensor] | None:
-    """Return the initial states, ``[L, B, H]`` each, as they were given; empty for None, None if not covered."""
-    if hx is None:
-        return []
-    if layer.mode == "LSTM":
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-            return None
-        states = list(hx)
-    else:
-        states = [hx]
-    shape = (layer.num_layers * (2 if layer.bidirectional else 1), sequences, layer.hidden_size)
-    for state in states:
-        if not is_plain(state) or state.dtype != data.dtype or tuple(state.shape) != shape:
-            return None
-    return states
+def takes_weights(
+    mode: str, data: Tensor, states: Sequence[Any], cells: Sequence[Sequence[Any]], directions: int, sequences: int
+) -> bool:
+    """Return whether weights and states are plain and fit, of the type of the data unless autocast casts them.
 
-
-def weights_of(layer: nn.RNNBase, data: Tensor) -> list[list[Tensor | None]] | None:
-    """Return the two weights and the two biases (or None twice) of every layer and direction; None if not covered."""
-    directions = 2 if layer.bidirectional else 1
-    height, width = _GATES[layer.mode] * layer.hidden_size, layer.hidden_size
-    weights: Sequence[Sequence[Tensor]] = layer.all_weights
-    if len(weights) != layer.num_layers * directions:
-        return None
-    result: list[list[Tensor | None]] = []
-    for number, tensors in enumerate(weights):
-        inputs = layer.input_size if number < directions else directions * width
-        shapes = [(height, inputs), (height, width), *([(height,)] * 2 if layer.bias else [])]
-        if len(tensors) != len(shapes):
-            return None
-        for tensor, shape in zip(tensors, shapes, strict=True):
-            if not is_plain(tensor) or tensor.dtype != data.dtype or tuple(tensor.shape) != shape:
-                return None
-        result.append([*tensors, *([] if layer.bias else [None, None])])
-    return result
+    Args:
+        mode: ``nn.RNNBase.mode``.
+        data: ``[N, D]``.
+        states: the initial ones, ``[L, B, H]``; two for an LSTM.
+        cells: the two weights, and the two biases if there are any, of every layer and direction.
+        directions: 1 or 2.
+        sequences: B.
+    """
+    weight = cells[0][1]
+    if not is_plain(weight) or weight.dim() != 2 or len(states) != (2 if mode == "LSTM" else 1):
+        return False
+    width = weight.shape[1]
+    height = _GATES[mode] * width
+    expected: list[tuple[Any, tuple[int, ...]]] = [(state, (len(cells), sequences, width)) for state in states]
+    for number, weights in enumerate(cells):
+        inputs = data.shape[1] if number < directions else directions * width
+        expected += zip(weights, [(height, inputs), (height, width), (height,), (height,)], strict=False)
+    dtype, device = data.dtype, data.device
+    is_cast = data.is_cuda and torch.is_autocast_enabled()
+    for tensor, shape in expected:
+        if not is_plain(tensor) or tensor.shape != shape or tensor.device != device:
+            return False
+        if tensor.dtype != dtype and not (is_cast and tensor.is_floating_point()):
+            return False
+    return True

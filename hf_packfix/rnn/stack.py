@@ -1,102 +1,161 @@
-"""All layers and directions of an ``nn.RNNBase`` over a packed sequence."""
+"""All layers and directions of torch's ``lstm``, ``gru``, ``rnn_tanh`` and ``rnn_relu`` over a packed sequence."""
 
 from __future__ import annotations
 
-from itertools import chain
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch import Tensor
+from torch.nn.functional import linear
 
-from hf_packfix.rnn import elman, gru, lstm
+from hf_packfix.rnn.cells import CELLS
 from hf_packfix.rnn.cost import has_enough_steps, is_one_block
-from hf_packfix.rnn.coverage import is_eager, sizes_of, states_of, weights_of
+from hf_packfix.rnn.coverage import autocast_is_enabled, is_eager, sizes_of, takes_weights
+from hf_packfix.rnn.held import is_held_faster, run_held, uses_cudnn
+from hf_packfix.rnn.recurrence import Recurrence
 from hf_packfix.rnn.schedule import Schedule
 
-__all__ = ["run"]
-
-_FUNCTIONS: dict[str, Any] = {
-    "LSTM": lstm.LSTMFunction.apply,
-    "GRU": gru.GRUFunction.apply,
-    "RNN_TANH": elman.ElmanFunction.apply,
-    "RNN_RELU": elman.ElmanFunction.apply,
-}
+__all__ = ["run_stack"]
 
 
-def run(layer: nn.RNNBase, packed: Any, hx: Any = None) -> tuple[PackedSequence, Any] | None:
-    """Return what ``layer.forward(packed, hx)`` returns; None if torch's own forward must, or is faster.
+def run_stack(
+    mode: str,
+    is_given: bool,
+    data: Tensor,
+    batch_sizes: Tensor,
+    hx: Any,
+    weights: Any,
+    has_biases: Any,
+    num_layers: Any,
+    dropout: Any,
+    training: Any,
+    bidirectional: Any,
+) -> tuple[Tensor, ...] | None:
+    """Return what torch's function of a mode returns, with gradients; None if it must run itself, or is faster.
 
     Args:
-        layer: an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``.
-        packed: data ``[N, D]``, float32 or float64 on the CPU. Anything else gives None.
-        hx: the initial state ``[L, B, H]``, for an LSTM two of them, in the original order of the sequences; zeros by
-            default.
-
-    Returns:
-        The outputs, packed like the input, ``[N, O]``, and the final state ``[L, B, H]``, for an LSTM two of them.
-
-    Example:
-        >>> from torch.nn.utils.rnn import pack_sequence
-        >>> x = pack_sequence([torch.randn(40, 3), torch.randn(25, 3)], enforce_sorted=False)
-        >>> gru = nn.GRU(3, 8)
-        >>> output, hidden = run(gru, x) or gru(x)
-        >>> output.data.shape, hidden.shape
-        (torch.Size([65, 8]), torch.Size([1, 2, 8]))
+        mode: ``nn.RNNBase.mode``.
+        is_given: whether the user gave the initial state. If not, it is zero.
+        data: ``[N, D]``.
+        batch_sizes: int64 ``[T]``.
+        hx: the initial state ``[L, B, H]``, two of them for an LSTM; in sorted order.
+        weights: of all layers and directions, ``_flat_weights`` of ``nn.RNNBase``.
+        has_biases: whether each has two.
+        num_layers: without the directions.
+        dropout: between layers.
+        training: whether there is any.
+        bidirectional: whether every second cell is of the reverse direction.
     """
-    if not isinstance(packed, PackedSequence) or not torch.is_grad_enabled() or not is_eager():
+    if not isinstance(weights, list) or not isinstance(data, Tensor):  # not what torch's layers pass
         return None
-    # First what is quick to see: of a few steps, torch's own call takes less than a millisecond.
-    if not has_enough_steps(layer.mode, packed.batch_sizes):
+    # First what is quick to see: of a few steps, torch's own call takes a tenth of a millisecond.
+    on_cpu = not data.is_cuda
+    number, directions = 4 if has_biases else 2, 2 if bidirectional else 1
+    if on_cpu:
+        needed = [getattr(weight, "requires_grad", False) for weight in weights]
+        others = data.requires_grad or any(state.requires_grad for state in (hx if mode == "LSTM" else (hx,)))
+        if not (others or True in needed) or not has_enough_steps(mode, batch_sizes, any(needed[1::number])):
+            return None
+    if len(weights) != num_layers * directions * number or not is_eager():
         return None
-    sizes = sizes_of(layer, packed)
-    if sizes is None or is_one_block(layer.mode, packed.data.dtype, sizes):
+    if autocast_is_enabled() if on_cpu else not uses_cudnn(data):
         return None
-    data, batch_sizes, sorted_indices, unsorted_indices = packed
-    states = states_of(layer, hx, data, sizes[0])
-    weights = None if states is None else weights_of(layer, data)
-    if states is None or weights is None:
+    sizes = sizes_of(data, batch_sizes)
+    if sizes is None or (on_cpu and is_one_block(mode, data.dtype, sizes)):
         return None
-    # In inference torch's own loop, which has the same operations in C++, is as fast or faster.
-    if not any(tensor is not None and tensor.requires_grad for tensor in chain([data], states, *weights)):
+    states = list(hx) if mode == "LSTM" else [hx]
+    cells = [weights[index : index + number] for index in range(0, len(weights), number)]
+    if not takes_weights(mode, data, states, cells, directions, sizes[0]):
         return None
-    if sorted_indices is not None:
-        states = [state.index_select(1, sorted_indices) for state in states]
-    output, finals = _all_layers(layer, data, states, weights, Schedule(batch_sizes, sizes))
-    if unsorted_indices is not None:
-        finals = [final.index_select(1, unsorted_indices) for final in finals]
-    result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-    return result, tuple(finals) if layer.mode == "LSTM" else finals[0]
-
-
-def _all_layers(
-    layer: nn.RNNBase,
-    data: Tensor,
-    states: list[Tensor],
-    weights: list[list[Tensor | None]],
-    schedule: Schedule,
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the last layer's outputs ``[N, O]`` and the final states ``[L, B, H]``; all in sorted order."""
-    count = 2 if layer.mode == "LSTM" else 1
-    if states:
-        starts = [state.unbind(0) for state in states]
+    options = {"dropout": dropout, "training": training, "bidirectional": bidirectional}
+    if on_cpu:
+        output, finals = _run_on_cpu(mode, data, Schedule(batch_sizes, sizes), states, cells, **options)
     else:
-        zeros = data.new_zeros(schedule.sequences, layer.hidden_size)
-        starts = [(zeros,) * len(weights)] * count
-    directions = 2 if layer.bidirectional else 1
-    function = _FUNCTIONS[layer.mode]
-    finals: list[list[Tensor]] = [[] for _ in range(count)]
-    for number in range(layer.num_layers):
+        dtype = torch.float16 if torch.is_autocast_enabled() else data.dtype
+        width = cells[0][1].shape[1]
+        if (mode == "LSTM" and bidirectional and is_given) or not is_held_faster(
+            mode, dtype, width, sizes, directions, data.device
+        ):
+            return None
+        padded = cells if has_biases else [[*pair, None, None] for pair in cells]
+        output, finals = run_held(mode, data, sizes, states if is_given else [], padded, **options)
+    return output, *finals
+
+
+def _run_on_cpu(
+    mode: str,
+    data: Tensor,
+    schedule: Schedule,
+    states: list[Tensor],
+    cells: Sequence[Sequence[Tensor]],
+    *,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the last layer's outputs ``[N, O]`` and the final states ``[L, B, H]``."""
+    directions = 1 + bidirectional
+    needing = [index for index, weights in enumerate(cells) if any(weight.requires_grad for weight in weights)]
+    first = 0
+    if needing and not any(tensor.requires_grad for tensor in (data, *states)):
+        first = needing[0] - needing[0] % directions
+    finals: list[list[Tensor]] = [[] for _ in states]
+    if first:  # Nothing below needs a gradient, and in inference torch's own loop is as fast or faster.
+        hx = [state[:first] for state in states]
+        data, *below = CELLS[mode].function(
+            data,
+            schedule.batch_sizes,
+            hx if mode == "LSTM" else hx[0],
+            [weight for weights in cells[:first] for weight in weights],
+            len(cells[0]) == 4,
+            first // directions,
+            dropout,
+            training,
+            bidirectional,
+        )
+        finals = [[*final.unbind(0)] for final in below]
+        if dropout and training:
+            data = torch.dropout(data, dropout, True)
+    starts = [state.unbind(0) for state in states]
+    for start in range(first, len(cells), directions):
         outputs = []
-        for direction in range(directions):
-            index = number * directions + direction
-            start = [state[index] for state in starts]
-            output, *final = function(data, *start, *weights[index], schedule, direction == 1, layer.mode)
+        for index in range(start, start + directions):
+            initial = [state[index] for state in starts]
+            output, *final = _run_cell(mode, data, schedule, initial, cells[index], reverse=index > start)
             outputs.append(output)
             for all_finals, one in zip(finals, final, strict=True):
                 all_finals.append(one)
-        data = outputs[0] if directions == 1 else torch.cat(outputs, 1)
+        is_last = start + directions == len(cells)
+        # A copy of what the backward needs: the output that is returned may change.
+        data = torch.cat(outputs, 1) if bidirectional else outputs[0].clone() if is_last else outputs[0]
         # As torch draws it: for all rows of data at once.
-        if layer.dropout and layer.training and number < layer.num_layers - 1:
-            data = torch.dropout(data, layer.dropout, True)
+        if dropout and training and not is_last:
+            data = torch.dropout(data, dropout, True)
     return data, [torch.stack(final) for final in finals]
+
+
+def _run_cell(
+    mode: str, data: Tensor, schedule: Schedule, states: list[Tensor], weights: Sequence[Tensor], *, reverse: bool
+) -> tuple[Tensor, ...]:
+    """Return the outputs ``[N, H]`` and the final states ``[B, H]`` of one layer and direction."""
+    weight_ih, weight_hh, *biases = weights
+    bias_ih, bias_hh = biases or (None, None)
+    if bias_hh is None:
+        bias = bias_ih
+    elif mode == "GRU":
+        bias, bias_hh = bias_ih, bias_hh.clone()
+    else:
+        # Their sum, such that each has a gradient of its own: that of `+` would be one tensor for both.
+        bias, bias_hh = bias_ih - -bias_hh, None  # type: ignore[operator]
+    gates = linear(data, weight_ih, bias)
+    # torch saves a state only if something that it is multiplied with needs a gradient. Ours need it in any case.
+    if not weight_hh.requires_grad:
+        others = (gates, bias_hh, states[0])
+        states[0] = states[0].clone()
+        if mode == "LSTM" and not any(other is not None and other.requires_grad for other in others):
+            states[1] = states[1].clone()
+    result: tuple[Tensor, ...] = Recurrence.apply(  # type: ignore[no-untyped-call]
+        CELLS[mode], schedule, reverse, gates, weight_hh.t(), bias_hh, *states
+    )
+    return result

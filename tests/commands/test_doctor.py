@@ -193,7 +193,7 @@ def test_a_value_of_the_variable_that_nobody_knows_is_one_problem(tmp_path):
 
 
 OWN = "nn.LSTM, nn.GRU and nn.RNN are torch's own"
-FAST = "nn.LSTM, nn.GRU and nn.RNN use hf_packfix.rnn on packed data on a CPU"
+FAST = "nn.LSTM, nn.GRU and nn.RNN use hf_packfix.rnn on packed data"
 BAD = "HF_PACKFIX_FAST_RNN='fast' is not one of: 1, true, yes, on, 0, false, no, off"
 
 

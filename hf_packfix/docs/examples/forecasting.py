@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_packfix import DataCollatorForPackedSequence, with_data
-from hf_packfix.rnn import GRU  # nn.GRU, faster over packed data on a CPU
+from hf_packfix.rnn import GRU  # nn.GRU, faster over packed data
 
 
 class Forecaster(nn.Module):
