@@ -33,6 +33,15 @@ def has_enough_steps(mode: str, batch_sizes: Any, trains_hidden: bool) -> bool:
     return isinstance(batch_sizes, torch.Tensor) and batch_sizes.numel() >= _FEWEST_STEPS[mode][not trains_hidden]
 
 
-def is_one_block(mode: str, dtype: torch.dtype, sizes: list[int]) -> bool:
-    """Return whether torch gives all steps to oneDNN at once."""
-    return mode == "LSTM" and dtype == torch.float32 and sizes[0] == sizes[-1]
+def is_one_block(mode: str, data: torch.Tensor, batch_sizes: Any, hx: Any) -> bool:
+    """Return whether torch gives all steps to oneDNN at once: sequences of one length have N = T * B rows.
+
+    Args:
+        mode: ``nn.RNNBase.mode``.
+        data: ``[N, D]``.
+        batch_sizes: int64 ``[T]``.
+        hx: the initial states of an LSTM, ``[L, B, H]`` twice.
+    """
+    if mode != "LSTM" or data.dtype != torch.float32 or not isinstance(batch_sizes, torch.Tensor):
+        return False
+    return bool(len(data) == batch_sizes.numel() * hx[0].shape[1])

@@ -53,6 +53,8 @@ def run_stack(
     on_cpu = not data.is_cuda
     number, directions = 4 if has_biases else 2, 2 if bidirectional else 1
     if on_cpu:
+        if is_one_block(mode, data, batch_sizes, hx):
+            return None
         needed = [getattr(weight, "requires_grad", False) for weight in weights]
         others = data.requires_grad or any(state.requires_grad for state in (hx if mode == "LSTM" else (hx,)))
         if not (others or True in needed) or not has_enough_steps(mode, batch_sizes, any(needed[1::number])):
@@ -62,11 +64,9 @@ def run_stack(
     if autocast_is_enabled() if on_cpu else not uses_cudnn(data):
         return None
     sizes = sizes_of(data, batch_sizes)
-    if sizes is None or (on_cpu and is_one_block(mode, data.dtype, sizes)):
-        return None
     states = list(hx) if mode == "LSTM" else [hx]
     cells = [weights[index : index + number] for index in range(0, len(weights), number)]
-    if not takes_weights(mode, data, states, cells, directions, sizes[0]):
+    if sizes is None or not takes_weights(mode, data, states, cells, directions, sizes[0]):
         return None
     options = {"dropout": dropout, "training": training, "bidirectional": bidirectional}
     if on_cpu:

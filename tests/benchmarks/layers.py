@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
-from hf_packfix.rnn import run as run_packed
+from hf_packfix.rnn.layers import call
 from tests.benchmarks import long_tailed
 from tests.benchmarks.measure import Row, Table, clock, interleave, ratio
 
@@ -35,11 +35,12 @@ class Case:
 
     Attributes:
         sequences: B.
-        width: D and H.
+        width: D, and H unless it is given.
         options: of the layer.
         lengths: what they are instead of long-tailed.
         barred: whether the bars of long-tailed training hold for it.
         rounds: how many packings are measured.
+        hidden: H; the width by default.
     """
 
     sequences: int
@@ -48,11 +49,13 @@ class Case:
     lengths: tuple[int, ...] = ()
     barred: bool = False
     rounds: int = 8
+    hidden: int = 0
 
     def __str__(self) -> str:
         lengths = f"lengths {min(self.lengths)} to {max(self.lengths)}, " if self.lengths else ""
         options = "".join(f", {name}={value}" for name, value in self.options.items())
-        return f"{self.sequences} sequences, {lengths}width {self.width}{options}"
+        width = f"{self.width} to {self.hidden}" if self.hidden else self.width
+        return f"{self.sequences} sequences, {lengths}width {width}{options}"
 
     def batches(self, count: int) -> Iterator[PackedSequence]:
         """Yield packings, each with lengths of its own, unless these are given."""
@@ -68,7 +71,7 @@ TRAINED = (
     Case(64, 128, barred=True),
     Case(8, 64),
     Case(64, 256),
-    Case(32, 64, TWO),
+    Case(32, 64, TWO, hidden=128, barred=True),
     Case(64, 512, rounds=4),
 )
 HOSTILE = (
@@ -111,13 +114,13 @@ def products(layer: nn.RNNBase, rows: int, train: bool) -> Callable[[], None]:
 def measure(cell: str, case: Case, train: bool, now: Callable[[], float], quick: bool) -> dict[str, list[float]]:
     """Return the seconds of all four over new packings."""
     rounds = min(3, case.rounds) if quick else case.rounds
-    layer = CELLS[cell](case.width, case.width, **case.options)
+    layer = CELLS[cell](case.width, case.hidden or case.width, **case.options)
     batches = list(case.batches(rounds + 1))
     # So that a sample takes milliseconds.
     repeats = max(1, 200 // len(batches[0].batch_sizes) // max(1, case.width // 32))
 
     def ours(sequences: PackedSequence) -> Tensor:
-        return (run_packed(layer, sequences) or layer(sequences))[0].data
+        return call(layer, sequences)[0].data
 
     def packed(sequences: PackedSequence) -> Tensor:
         return layer(sequences)[0].data

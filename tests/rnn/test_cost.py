@@ -18,10 +18,14 @@ def test_a_few_steps_are_left_to_torch(mode, fewest):
 
 
 def test_an_lstm_over_one_length_is_left_to_onednn():
-    assert cost.is_one_block("LSTM", torch.float32, [3] * 50)
-    assert not cost.is_one_block("LSTM", torch.float32, [3] * 50 + [2])
-    assert not cost.is_one_block("LSTM", torch.float64, [3] * 50)
-    assert not cost.is_one_block("GRU", torch.float32, [3] * 50)
+    def is_one_block(mode: str, batch_sizes: list[int], dtype: torch.dtype = torch.float32) -> bool:
+        data, state = torch.ones(sum(batch_sizes), 2, dtype=dtype), torch.ones(1, batch_sizes[0], 4)
+        return cost.is_one_block(mode, data, torch.tensor(batch_sizes), (state, state))
+
+    assert is_one_block("LSTM", [3] * 50)
+    assert not is_one_block("LSTM", [3] * 50 + [2])
+    assert not is_one_block("LSTM", [3] * 50, torch.float64)
+    assert not is_one_block("GRU", [3] * 50)
 
 
 @pytest.mark.parametrize("kind", KINDS)
