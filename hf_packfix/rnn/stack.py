@@ -49,19 +49,23 @@ def run_stack(
     """
     if not isinstance(weights, list) or not isinstance(data, Tensor):  # not what torch's layers pass
         return None
+    on_gpu = uses_cudnn(data)
+    if not (on_gpu or data.is_cpu):
+        return None
     # First what is quick to see: of a few steps, torch's own call takes a tenth of a millisecond.
-    on_cpu = not data.is_cuda
     number, directions = 4 if has_biases else 2, 2 if bidirectional else 1
-    if on_cpu:
+    if not on_gpu:
         if is_one_block(mode, data, batch_sizes, hx):
             return None
         needed = [getattr(weight, "requires_grad", False) for weight in weights]
         others = data.requires_grad or any(state.requires_grad for state in (hx if mode == "LSTM" else (hx,)))
-        if not (others or True in needed) or not has_enough_steps(mode, batch_sizes, any(needed[1::number])):
+        if (
+            not (others or True in needed)
+            or autocast_is_enabled()
+            or not has_enough_steps(mode, batch_sizes, any(needed[1::number]))
+        ):
             return None
     if len(weights) != num_layers * directions * number or not is_eager():
-        return None
-    if autocast_is_enabled() if on_cpu else not uses_cudnn(data):
         return None
     sizes = sizes_of(data, batch_sizes)
     states = list(hx) if mode == "LSTM" else [hx]
@@ -69,7 +73,7 @@ def run_stack(
     if sizes is None or not takes_weights(mode, data, states, cells, directions, sizes[0]):
         return None
     options = {"dropout": dropout, "training": training, "bidirectional": bidirectional}
-    if on_cpu:
+    if not on_gpu:
         output, finals = _run_on_cpu(mode, data, Schedule(batch_sizes, sizes), states, cells, **options)
     else:
         dtype = torch.float16 if torch.is_autocast_enabled() else data.dtype

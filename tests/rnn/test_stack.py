@@ -322,3 +322,23 @@ def test_the_peak_memory_is_no_higher_than_torchs(name):
 
     ours, theirs = peak("ours"), peak("torch")
     assert ours <= 1.05 * theirs, f"{ours} KiB against {theirs} KiB"
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("is_given", [False, True])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
+def test_what_a_gpu_runs_as_padded_has_the_results_of_torch(kind, is_given, options):
+    layer, packed = new_layer(kind, **options), new_packed()
+    state = new_state(layer) if is_given else None
+    asked = mock.Mock(return_value=True)
+    with (
+        mock.patch("hf_packfix.rnn.stack.uses_cudnn", return_value=True),
+        mock.patch("hf_packfix.rnn.stack.is_held_faster", asked),
+        mock.patch("hf_packfix.rnn.stack.Recurrence.apply", side_effect=AssertionError("what a CPU runs")),
+    ):
+        if kind == "LSTM" and is_given and "bidirectional" in options:
+            assert rnn.run(layer, packed, state) is None
+            return
+        assert_equal_to_torch(layer, packed, state)
+        asked.return_value = False
+        assert rnn.run(layer, packed, state) is None
