@@ -66,7 +66,7 @@ def _may_be_ours(data: Any) -> bool:
     return (torch.is_grad_enabled() or data.is_cuda) and not is_compiling()
 
 
-def faster(original: Forward, switch: Any = None) -> Forward:
+def faster(original: Forward, patch: Any = None) -> Forward:
     """Return a ``forward`` that calls our operators over a PackedSequence.
 
     Its globals are those of the original, which it names in ``__wrapped__``: ``torch.jit.script`` compiles the source
@@ -74,13 +74,13 @@ def faster(original: Forward, switch: Any = None) -> Forward:
 
     Args:
         original: torch's ``forward``; with another one, it is all that is called.
-        switch: has an ``active`` that is False where the original is to be called.
+        patch: the original is called while its ``active`` is False.
     """
     packed_type, may_be_ours = PackedSequence, _may_be_ours
     from_zeros, from_given = (_with_operators(original, is_given) for is_given in (False, True))
 
     def forward(self: Any, input: Any, hx: Any = None) -> Any:
-        if isinstance(input, packed_type) and (switch is None or switch.active) and may_be_ours(input[0]):
+        if isinstance(input, packed_type) and (patch is None or patch.active) and may_be_ours(input[0]):
             return from_zeros(self, input) if hx is None else from_given(self, input, hx)
         return original(self, input, hx)
 
