@@ -67,6 +67,7 @@ def state_here(patch: Patch) -> str:
 def check(wheel: Path, distribution: str, version: Version) -> list[Finding]:
     """Return a finding for each patch of a distribution."""
     from hf_packfix.patches import FAST_RNN, FIRST_USE, PATCHES
+    from hf_packfix.rnn.coverage import LEANS_ON
 
     findings = []
     _trees.clear()
@@ -76,7 +77,10 @@ def check(wheel: Path, distribution: str, version: Version) -> list[Finding]:
                 node = definition(archive, patch.module, patch.path)
                 found = parameters(node) if isinstance(node, ast.FunctionDef) else None
                 names = {name: has(archive, patch.module, name) for name in patch.uses}
-                findings.append(Finding(patch.path, found, names, problem(patch, found, names, version)))
+                unexpected = problem(patch, found, names, version)
+                if patch in FAST_RNN:  # without one of these it leaves everything to torch
+                    names |= {name: mentions(archive, *name.split(":")) for name in LEANS_ON}
+                findings.append(Finding(patch.path, found, names, unexpected))
     return findings
 
 
@@ -122,8 +126,20 @@ def has(archive: zipfile.ZipFile, module: str, name: str) -> bool:
     if not outer:
         return definition(archive, where or module, last) is not None
     owner = definition(archive, where or module, outer)
-    words = [] if owner is None else ast.walk(owner)
-    return any(last in (getattr(word, part, None) for part in ("attr", "id", "name")) for word in words)
+    return owner is not None and _has_word(owner, last)
+
+
+def mentions(archive: zipfile.ZipFile, module: str, name: str) -> bool:
+    """Return whether a module's source has a word; that of an extension is what its stub declares."""
+    file = module.replace(".", "/")
+    paths = [
+        path for end in (".py", "/__init__.py", ".pyi", "/__init__.pyi") if (path := file + end) in archive.NameToInfo
+    ]
+    return bool(paths) and _has_word(_parsed(archive, paths[0]), name)
+
+
+def _has_word(node: ast.AST, word: str) -> bool:
+    return any(word in (getattr(part, key, None) for key in ("attr", "id", "name")) for part in ast.walk(node))
 
 
 _trees: dict[tuple[str | None, str], ast.Module] = {}
@@ -286,7 +302,8 @@ for, and the names are there that the patch uses, by the sources of the wheel.
 
 """
 
-_NAMES = """The names that patches use besides their targets. A patch that lacks one is refused.
+_NAMES = """The names that patches use besides their targets. A patch that lacks one is refused; without one of
+`hf_packfix/rnn/coverage.py` (`LEANS_ON`), the fast layers are torch's own.
 """
 
 _MODELS = """The recurrent models on each release, with accelerate 1.15.0: each check for the cells rnn, lstm and gru.
