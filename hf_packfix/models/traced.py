@@ -37,7 +37,8 @@ def run_traced(layer: nn.RNNBase, inputs: Tensor, real: Tensor, state: State | N
     places = torch.where(real, counts - 1, lengths + columns - counts)[..., None]
     first = torch.zeros_like(inputs).scatter(1, places.expand_as(inputs), inputs)
     packed = pack_padded_sequence(first, lengths[:, 0].cpu(), batch_first=True, enforce_sorted=False)
-    packed, state = layer(packed, state)
+    # Without a state, torch 2.0 records zeros for the example's number of rows.
+    packed, state = layer(packed, _zeros(layer, inputs) if state is None else state)
     outputs, _ = pad_packed_sequence(packed, batch_first=True)
     # The ONNX exporter of `torch.jit.trace` fails if nothing uses the outputs of a layer over a packed sequence.
     nothing = 0 * outputs[:, :1, : layer.hidden_size].transpose(0, 1)
@@ -55,9 +56,7 @@ def run_exported(layer: nn.RNNBase, inputs: Tensor, real: Tensor | None, state: 
     from torch._higher_order_ops.scan import scan
 
     directions = 2 if layer.bidirectional else 1
-    if state is None:
-        zeros = inputs.new_zeros(layer.num_layers * directions, inputs.shape[0], layer.hidden_size)
-        state = (zeros, zeros) if layer.mode == "LSTM" else zeros
+    state = _zeros(layer, inputs) if state is None else state
     states = state if isinstance(state, tuple) else (state,)
     if real is None:
         real = torch.ones_like(inputs[..., 0], dtype=torch.bool)
@@ -112,3 +111,9 @@ def _rnn(gates: Tensor, carry: list[Tensor], w_hh: Tensor, b_hh: Tensor) -> tupl
 
 
 _CELLS = {"LSTM": _lstm, "GRU": _gru, "RNN_TANH": _rnn}
+
+
+def _zeros(layer: nn.RNNBase, inputs: Tensor) -> State:
+    """Return the state that a layer starts from by default."""
+    zeros = inputs.new_zeros(layer.num_layers * (1 + layer.bidirectional), inputs.shape[0], layer.hidden_size)
+    return (zeros, zeros) if layer.mode == "LSTM" else zeros
