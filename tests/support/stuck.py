@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def run(
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 program.wait(seconds + 20)
+                if program.returncode:  # the others are about to print theirs
+                    _wait_for_group(program.pid, 5)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(program.pid, signal.SIGKILL)
@@ -47,3 +50,12 @@ def run(
             file.seek(0)
             texts.append(file.read())
     return subprocess.CompletedProcess(command, program.returncode, *texts)
+
+
+def _wait_for_group(group: int, seconds: float) -> None:
+    """Return when no process is left in a group, or after so many seconds."""
+    end = time.monotonic() + seconds
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < end:
+            os.killpg(group, 0)
+            time.sleep(0.05)
