@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow  # starts many processes
 
 
 def demo(directory, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return python("-m", "hf_packfix", "demo", *arguments, cwd=directory, limit=600)
+    return python("-m", "hf_packfix", "demo", *arguments, cwd=directory, measured=True, limit=600)
 
 
 #: The lines before the last one, which must be all that compares the two runs.

@@ -27,7 +27,7 @@ def doctor(tmp_path, *arguments, before=""):
     code = f"{before}\nimport sys; from hf_packfix.commands.cli import main; "
     code += "sys.exit(main(['doctor', '--json', *sys.argv[1:]]))"
     path = os.pathsep.join([environment()["PYTHONPATH"], str(tmp_path)])
-    result = python("-c", code, *arguments, env={"PYTHONPATH": path})
+    result = python("-c", code, *arguments, env={"PYTHONPATH": path}, measured=True)
     return result.returncode, json.loads(result.stdout)
 
 
@@ -42,7 +42,7 @@ def test_a_trainer_that_cannot_be_imported(tmp_path):
 def printed(*arguments, cwd=None, **variables):
     """Return what ``hf-packfix doctor`` as a user starts it: its exit status, lines and stderr."""
     script = Path(sys.executable).parent / "hf-packfix"
-    result = python(script, "doctor", *arguments, env=variables, cwd=cwd)
+    result = python(script, "doctor", *arguments, env=variables, cwd=cwd, measured=True)
     return result.returncode, result.stdout.splitlines(), result.stderr
 
 

@@ -21,7 +21,9 @@ PAGES = dict(sorted({**TITLES, "api": f"# {TITLE}", "patches": "# Every patch"}.
 
 
 def docs(*arguments: str, encoding: str = "utf-8") -> subprocess.CompletedProcess[bytes]:
-    return python("-m", "hf_packfix", "docs", *arguments, env={"PYTHONIOENCODING": encoding}, text=False)
+    return python(
+        "-m", "hf_packfix", "docs", *arguments, env={"PYTHONIOENCODING": encoding}, measured=True, text=False
+    )
 
 
 def test_the_list_has_every_page_with_its_title():
