@@ -99,11 +99,9 @@ def problem(patch: Patch, found: tuple[str, ...] | None, names: dict[str, bool],
 
 def definition(archive: zipfile.ZipFile, module: str, path: str) -> ast.AST | None:
     """Return what is defined at ``path`` in a module's source; None if nothing is."""
-    file = module.replace(".", "/")
-    names = [name for name in (f"{file}.py", f"{file}/__init__.py") if name in archive.namelist()]
-    if not names:
+    node: ast.AST | None = _parsed(archive, module)
+    if node is None:
         return None
-    node: ast.AST = _parsed(archive, names[0])
     for name in path.split("."):
         inner = list(_definitions(node, name))
         if not inner:
@@ -131,11 +129,8 @@ def has(archive: zipfile.ZipFile, module: str, name: str) -> bool:
 
 def mentions(archive: zipfile.ZipFile, module: str, name: str) -> bool:
     """Return whether a module's source has a word; that of an extension is what its stub declares."""
-    file = module.replace(".", "/")
-    paths = [
-        path for end in (".py", "/__init__.py", ".pyi", "/__init__.pyi") if (path := file + end) in archive.NameToInfo
-    ]
-    return bool(paths) and _has_word(_parsed(archive, paths[0]), name)
+    source = _parsed(archive, module)
+    return source is not None and _has_word(source, name)
 
 
 def _has_word(node: ast.AST, word: str) -> bool:
@@ -145,11 +140,16 @@ def _has_word(node: ast.AST, word: str) -> bool:
 _trees: dict[tuple[str | None, str], ast.Module] = {}
 
 
-def _parsed(archive: zipfile.ZipFile, name: str) -> ast.Module:
-    key = archive.filename, name
-    if key not in _trees:
-        _trees[key] = ast.parse(archive.read(name))
-    return _trees[key]
+def _parsed(archive: zipfile.ZipFile, module: str) -> ast.Module | None:
+    """Return the source of a module, of an extension its stub; None if there is neither."""
+    file = module.replace(".", "/")
+    for end in (".py", "/__init__.py", ".pyi", "/__init__.pyi"):
+        key = archive.filename, file + end
+        if key[1] in archive.NameToInfo:
+            if key not in _trees:
+                _trees[key] = ast.parse(archive.read(key[1]))
+            return _trees[key]
+    return None
 
 
 def _definitions(node: ast.AST, name: str) -> Iterator[ast.AST]:
