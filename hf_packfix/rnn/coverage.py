@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+from hf_packfix.rnn.cells import CELLS
 
 __all__ = ["LEANS_ON", "autocast_is_enabled", "is_compiling", "is_eager", "is_plain", "sizes_of", "takes_weights"]
 
@@ -31,17 +32,13 @@ LEANS_ON = (
     "torch.jit:is_tracing",
     "torch.autograd.forward_ad:_current_level",
 )
-_GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 _TYPES = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.float64)
 
 
-def _find(name: str) -> Any:
-    module, _, path = name.partition(":")
-    return reduce(lambda owner, part: getattr(owner, part, None), path.split("."), sys.modules.get(module))
-
-
-_found = [_find(name) for name in LEANS_ON]
+_found: list[Any] = [
+    getattr(sys.modules.get(module), name, None) for module, name in (path.split(":") for path in LEANS_ON)
+]
 _is_known = None not in _found
 _keys, _functorch, _dispatch_modes, _function_modes, _is_compiling, _is_tracing, _ = _found
 _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", None)
@@ -129,11 +126,11 @@ def takes_weights(
         directions: 1 or 2.
         sequences: B.
     """
-    weight = cells[0][1]
-    if not is_plain(weight) or weight.dim() != 2 or len(states) != (2 if mode == "LSTM" else 1):
+    cell, weight = CELLS[mode], cells[0][1]
+    if not is_plain(weight) or weight.dim() != 2 or len(states) != cell.states:
         return False
     width = weight.shape[1]
-    height = _GATES[mode] * width
+    height = cell.gates * width
     expected: list[tuple[Any, tuple[int, ...]]] = [(state, (len(cells), sequences, width)) for state in states]
     for number, weights in enumerate(cells):
         inputs = data.shape[1] if number < directions else directions * width

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
+from hf_packfix.rnn.cells import CELLS
 from hf_packfix.rnn.coverage import is_compiling, is_eager
 from hf_packfix.rnn.stack import run_stack
 
 __all__ = ["GRU", "LSTM", "RNN", "call", "faster", "run"]
 
 Forward = Callable[..., Any]
-_MODES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN_TANH", "rnn_relu": "RNN_RELU"}
 
 
 class _LeftToTorchError(Exception):
@@ -37,7 +37,8 @@ class _Operators:
     """What stands for ``torch._VF`` in a copy of torch's ``forward``."""
 
     def __init__(self, is_given: bool, only_ours: bool) -> None:
-        for name, mode in _MODES.items():
+        for mode in CELLS:
+            name = mode.lower()
             theirs = _leave if only_ours else getattr(torch._VF, name)
             setattr(self, name, partial(self._call, mode, is_given, theirs))
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hf_packfix.rnn.coverage import autocast_is_enabled, is_plain
+from hf_packfix.rnn.schedule import Chunk
 
 __all__ = ["Recurrence"]
 
@@ -67,12 +68,12 @@ class Recurrence(torch.autograd.Function):
         kept = cell.buffers(gates, output)
         run, size, starts = cell.forward, 0, states
         hidden_weight = weight.contiguous()  # for a few rows a product with it takes 0.7 to 0.9 of the time
-        for chunk in schedule.chunks(schedule.rows, backwards=reverse):
-            for found, *views in chunk.steps(cell.forward_views(gates, output, *kept), backwards=reverse):
-                if found != size:
-                    states = [_resized(*pair, size, found) for pair in zip(states, starts, strict=True)]
-                    size = found
-                states = run(hidden_weight, bias, states, *views)
+        whole = Chunk(0, schedule.rows, schedule.sizes)
+        for found, *views in whole.steps(cell.forward_views(gates, output, *kept), backwards=reverse):
+            if found != size:
+                states = [_resized(*pair, size, found) for pair in zip(states, starts, strict=True)]
+                size = found
+            states = run(hidden_weight, bias, states, *views)
         final = schedule.final_rows(reverse)
         finals = [after.index_select(0, final) for after in cell.history(output, *kept)]
         if output is gates:
