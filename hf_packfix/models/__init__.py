@@ -31,17 +31,19 @@ __all__ = [
     "RecurrentPreTrainedModel",
 ]
 
-transformers.AutoConfig.register("recurrent", RecurrentConfig, exist_ok=True)
-transformers.AutoModel.register(RecurrentConfig, RecurrentModel, exist_ok=True)
-transformers.AutoModelForCausalLM.register(RecurrentConfig, RecurrentForCausalLM, exist_ok=True)
-transformers.AutoModelForSequenceClassification.register(
-    RecurrentConfig, RecurrentForSequenceClassification, exist_ok=True
-)
-transformers.AutoModelForTokenClassification.register(RecurrentConfig, RecurrentForTokenClassification, exist_ok=True)
-transformers.AutoConfig.register("recurrent-encoder-decoder", RecurrentEncoderDecoderConfig, exist_ok=True)
-transformers.AutoModelForSeq2SeqLM.register(RecurrentEncoderDecoderConfig, RecurrentEncoderDecoder, exist_ok=True)
+#: The auto class that loads each model.
+AUTO_CLASSES = {
+    RecurrentModel: transformers.AutoModel,
+    RecurrentForCausalLM: transformers.AutoModelForCausalLM,
+    RecurrentForSequenceClassification: transformers.AutoModelForSequenceClassification,
+    RecurrentForTokenClassification: transformers.AutoModelForTokenClassification,
+    RecurrentEncoderDecoder: transformers.AutoModelForSeq2SeqLM,
+}
 for _config in (RecurrentConfig, RecurrentEncoderDecoderConfig):
+    transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
     # Without it, `pipeline(model=directory)` of transformers 4.46 loads no tokenizer.
     transformers.AutoTokenizer.register(
         _config, fast_tokenizer_class=transformers.PreTrainedTokenizerFast, exist_ok=True
     )
+for _model, _auto in AUTO_CLASSES.items():
+    _auto.register(_model.config_class, _model, exist_ok=True)

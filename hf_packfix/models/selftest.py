@@ -23,21 +23,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequenc
 
 from hf_packfix import models
 from hf_packfix._warnings import in_a_line
+from hf_packfix.models.configuration_recurrent import CELL_TYPES
 from hf_packfix.models.upstream import CACHE_NAME, CACHE_NAMES
 
-CELLS = ("rnn", "lstm", "gru")
-
 _VOCABULARY, _PAD, _START, _END = 11, 0, 1, 2
-_AUTO = {
-    models.RecurrentModel: transformers.AutoModel,
-    models.RecurrentForCausalLM: transformers.AutoModelForCausalLM,
-    models.RecurrentForSequenceClassification: transformers.AutoModelForSequenceClassification,
-    models.RecurrentForTokenClassification: transformers.AutoModelForTokenClassification,
-    models.RecurrentEncoderDecoder: transformers.AutoModelForSeq2SeqLM,
-}
 
 
-def selftest(cells: Sequence[str] = CELLS) -> dict[str, str]:
+def selftest(cells: Sequence[str] = CELL_TYPES) -> dict[str, str]:
     """Run every check for each cell.
 
     Returns:
@@ -67,11 +59,12 @@ def _model(kind: type[Any], cell: str) -> Any:
         config: Any = models.RecurrentEncoderDecoderConfig(cell, bos_token_id=_START, **words)
     else:
         config = models.RecurrentConfig(cell, num_hidden_layers=2, num_labels=_VOCABULARY, **words)
-    return _of_kind(kind, _AUTO[kind].from_config(config))
+    return _of_kind(kind, models.AUTO_CLASSES[kind].from_config(config))
 
 
 def _of_kind(kind: type[Any], model: Any) -> Any:
-    _require(type(model) is kind, f"expected {kind.__name__} from AutoModel, found {type(model).__name__}")
+    if type(model) is not kind:
+        raise AssertionError(f"expected {kind.__name__} from AutoModel, found {type(model).__name__}")
     return model
 
 
@@ -81,28 +74,25 @@ def _sequences(*lengths: int) -> list[Tensor]:
 
 def _padded(sequences: list[Tensor], *, left: bool = False) -> tuple[Tensor, Tensor]:
     """Return ids ``[B, T]`` and their mask, both int64."""
-    turned = [ids.flip(0) for ids in sequences] if left else sequences
-    ids = pad_sequence(turned, batch_first=True, padding_value=_PAD)
-    mask = pad_sequence([torch.ones_like(row) for row in turned], batch_first=True)
-    return (ids.flip(1), mask.flip(1)) if left else (ids, mask)
+    rows = [ids.flip(0) if left else ids for ids in sequences]
+    ids = pad_sequence(rows, batch_first=True, padding_value=_PAD)
+    ids = ids.flip(1) if left else ids
+    return ids, (ids != _PAD).to(torch.int64)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)
-
-
-def _close(found: Tensor, expected: Tensor, what: str) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda text: f"{what}: {text}")
-
-
-def _labels(kind: type[Any], sequences: list[Tensor]) -> tuple[Any, Any]:
-    """Return labels for a padded batch, and for the same batch packed."""
+def _batches(kind: type[Any], sequences: list[Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a batch with labels for a model, padded and packed."""
+    ids, mask = _padded(sequences)
+    packed = pack_sequence(sequences, enforce_sorted=False)
     if kind is models.RecurrentForSequenceClassification:
-        labels = torch.tensor([len(ids) % 3 for ids in sequences])
-        return labels, labels
-    padded = pad_sequence(sequences, batch_first=True, padding_value=-100)
-    return padded, pack_sequence(sequences, enforce_sorted=False)
+        labels: Any = [torch.tensor([len(ids) % 3 for ids in sequences])] * 2
+    else:
+        labels = [ids.masked_fill(mask == 0, -100), packed]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels[0]}, {"input_ids": packed, "labels": labels[1]}
+
+
+def _close(found: Any, expected: Any, what: str, *, rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, msg=lambda text: f"{what}: {text}")
 
 
 # --- the checks ------------------------------------------------------------------------------------------
@@ -111,13 +101,12 @@ def _labels(kind: type[Any], sequences: list[Tensor]) -> tuple[Any, Any]:
 def save_and_load(cell: str) -> None:
     """A saved and loaded model has the same weights, bit for bit, and returns the same output."""
     ids, mask = _padded(_sequences(4, 2))
-    for kind, auto in _AUTO.items():
+    for kind, auto in models.AUTO_CLASSES.items():
         model = _model(kind, cell).eval()
         with tempfile.TemporaryDirectory() as directory:
             model.save_pretrained(directory)
             loaded = _of_kind(kind, auto.from_pretrained(directory)).eval()
-        for name, weight in model.state_dict().items():
-            _require(torch.equal(weight, loaded.state_dict()[name]), f"{kind.__name__}: {name} differs after loading")
+        _close(loaded.state_dict(), model.state_dict(), f"{kind.__name__}: weights after loading", rtol=0, atol=0)
         given = {"labels": ids} if kind is models.RecurrentEncoderDecoder else {}
         output = "last_hidden_state" if kind is models.RecurrentModel else "logits"
         before, after = (found(ids, mask, **given)[output] for found in (model, loaded))
@@ -127,23 +116,21 @@ def save_and_load(cell: str) -> None:
 
 def padded_equals_packed(cell: str) -> None:
     """The same rows, padded and packed, give the same loss, logits and gradients."""
-    sequences = _sequences(3, 5, 1)
-    ids, mask = _padded(sequences)
-    packed = pack_sequence(sequences, enforce_sorted=False)
-    for kind in _AUTO.keys() - {models.RecurrentModel}:
+    for kind in models.AUTO_CLASSES.keys() - {models.RecurrentModel}:
         model = _model(kind, cell)
-        padded_labels, packed_labels = _labels(kind, sequences)
-        outputs, gradients = [], []
-        for output in (model(ids, mask, labels=padded_labels), model(packed, labels=packed_labels)):
-            gradients.append(torch.autograd.grad(output.loss, list(model.parameters())))
-            outputs.append(output)
-        _close(outputs[1].loss, outputs[0].loss, f"{kind.__name__}: loss")
-        expected, logits = outputs[0].logits, outputs[1].logits
-        if isinstance(logits, PackedSequence):
-            logits, expected = pad_packed_sequence(logits, batch_first=True)[0][mask.bool()], expected[mask.bool()]
-        _close(logits, expected, f"{kind.__name__}: logits")
-        for (name, _), first, second in zip(model.named_parameters(), *gradients, strict=True):
-            _close(second, first, f"{kind.__name__}: gradient of {name}")
+        padded, packed = _batches(kind, _sequences(3, 5, 1))
+        results = []
+        for batch in (padded, packed):
+            output = model(**batch)
+            gradients = torch.autograd.grad(output.loss, list(model.parameters()))
+            logits = output.logits
+            if isinstance(logits, PackedSequence):
+                logits, _ = pad_packed_sequence(logits, batch_first=True)
+            if logits.dim() == 3:
+                logits = logits[padded["attention_mask"].bool()]
+            names = (f"gradient of {name}" for name, _ in model.named_parameters())
+            results.append({"loss": output.loss, "logits": logits, **dict(zip(names, gradients, strict=True))})
+        _close(results[1], results[0], kind.__name__)
 
 
 def generate(cell: str) -> None:
@@ -157,16 +144,15 @@ def generate(cell: str) -> None:
         for row, prompt in zip(found, prompts, strict=True):
             one = {"attention_mask": torch.ones_like(prompt)[None], "num_beams": beams, "use_cache": False}
             alone = model.generate(prompt[None], do_sample=False, **one, **words)[0]
-            _require(
-                row[ids.shape[1] :].tolist() == alone[len(prompt) :].tolist(),
-                f"generate() with {beams} beams depends on the batch, or on the state it carries along",
-            )
+            what = f"generate() with {beams} beams depends on the batch, or on the state it carries along"
+            _close(row[ids.shape[1] :], alone[len(prompt) :], what)
     sampled = model.generate(ids, attention_mask=mask, do_sample=True, num_return_sequences=2, **words)
-    _require(sampled.shape == (6, 8), f"expected 6 rows of 8 tokens from sampling, found {list(sampled.shape)}")
+    if sampled.shape != (6, 8):
+        raise AssertionError(f"expected 6 rows of 8 tokens from sampling, found {list(sampled.shape)}")
     translator = _model(models.RecurrentEncoderDecoder, cell).eval()
     found = translator.generate(ids, attention_mask=mask, do_sample=False, **words)
     recomputed = translator.generate(ids, attention_mask=mask, do_sample=False, use_cache=False, **words)
-    _require(found.tolist() == recomputed.tolist(), "the encoder-decoder generates other tokens without its state")
+    _close(found, recomputed, "the encoder-decoder generates other tokens without its state")
 
 
 def continue_from_the_state(cell: str) -> None:
@@ -181,25 +167,17 @@ def continue_from_the_state(cell: str) -> None:
 
 def trainer_step(cell: str) -> None:
     """A step of the Trainer on a packed batch has the loss of the same rows padded."""
-    rows: Any = [{"input_ids": ids} for ids in _sequences(3, 5, 1)]
-
-    def padded(batch: list[Any]) -> dict[str, Tensor]:
-        sequences = [row["input_ids"] for row in batch]
-        ids, mask = _padded(sequences)
-        return {"input_ids": ids, "attention_mask": mask, "labels": _labels(models.RecurrentForCausalLM, sequences)[0]}
-
-    def packed(batch: list[Any]) -> dict[str, PackedSequence]:
-        ids = pack_sequence([row["input_ids"] for row in batch], enforce_sorted=False)
-        return {"input_ids": ids, "labels": ids}
-
+    kind = models.RecurrentForCausalLM
+    batches = _batches(kind, _sequences(3, 5, 1))
     losses = []
-    for collate in (padded, packed):
+    for batch in batches:
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as directory:
             arguments = transformers.TrainingArguments(
                 directory, max_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True
             )
-            trainer = transformers.Trainer(_model(models.RecurrentForCausalLM, cell), arguments, collate, rows)
+            # One row stands for the batch, which its collator returns.
+            trainer = transformers.Trainer(_model(kind, cell), arguments, lambda rows: rows[0], [batch])
             losses.append(torch.tensor(trainer.train().training_loss))
     _close(losses[1], losses[0], "training loss")
 
