@@ -1,10 +1,10 @@
 """How a patch is declared: a decorator on the function that does the work.
 
 ``@around`` calls the function instead of the original, if there is a PackedSequence in the arguments; ``@on_leaf`` for
-one PackedSequence, if the original calls itself by its global name for what is nested; ``@on_every_packed`` for each
-PackedSequence in a nested batch, if the original walks it on its own. ``@hand_made`` is for the hottest ones.
+one PackedSequence, if the original calls itself by its global name for what is nested. ``@hand_made`` is for the
+hottest ones.
 
-The function gets the original first, then the arguments of the call. It runs only while the patch is active. All four
+The function gets the original first, then the arguments of the call. It runs only while the patch is active. All three
 decorators return the function as it is and take the same keywords, the fields of
 :class:`hf_packfix.engine.patch.Patch`, of which ``parameters``, ``problem`` and ``fix`` are required.
 
@@ -87,15 +87,6 @@ def on_leaf(target: str, *, rebuilds_named_tuples: bool = False, **declaration: 
     return lambda function: _declare(target, partial(_on_leaf, function, rebuilds_named_tuples), function, declaration)
 
 
-def on_every_packed(target: str, **declaration: Any) -> Callable[[F], F]:
-    """Declare a patch whose function handles each PackedSequence in a nested batch.
-
-    ``function(original, packed, *other_arguments)`` is what stands in its place in the result. The original gets the
-    batch with empty tuples in these places, and handles everything else.
-    """
-    return lambda function: _declare(target, partial(_on_every_packed, function), function, declaration)
-
-
 def hand_made(target: str, **declaration: Any) -> Callable[[F], F]:
     """Declare a patch whose function makes the wrapper, ``function(original, patch)``; it must look at ``active``.
 
@@ -143,20 +134,5 @@ def _on_leaf(function: Function, rebuilds_named_tuples: bool, original: Function
         if rebuilds_named_tuples and packing.is_namedtuple(leaf):
             return packing.rebuild(leaf, [wrapper(item, *others, **kwargs) for item in leaf])
         return original(leaf, *others, **kwargs)
-
-    return wrapper
-
-
-def _on_every_packed(function: Function, original: Function, patch: Patch) -> Function:
-    name = patch.parameters[0]
-
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        tree = args[0] if args else kwargs.get(name)
-        if not (patch.active and packing.contains(tree)):
-            return original(*args, **kwargs)
-        others = args[1:]
-        kwargs.pop(name, None)
-        rest = original(packing.map_packed(lambda packed: (), tree), *others, **kwargs)
-        return packing.merge_packed(lambda packed, _: function(original, packed, *others, **kwargs), tree, rest)
 
     return wrapper

@@ -102,13 +102,14 @@ def map_packed(function: Callable[[PackedSequence], Any], tree: Any) -> Any:
     return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, PackedSequence) else leaf, tree)
 
 
-def merge_packed(function: Callable[[PackedSequence, Any], Any], tree: Any, other: Any) -> Any:
-    """Return ``other`` with ``function(p, value)`` at the place of every PackedSequence ``p`` of ``tree``.
+def merge_packed(function: Callable[[PackedSequence], Any], tree: Any, original: Callable[[Any], Any]) -> Any:
+    """Return ``original(tree)`` with ``function(p)`` at the place of every PackedSequence ``p`` of ``tree``.
 
-    For functions upstream that treat everything else right: ``other`` is what they made of ``tree``, perhaps with a
-    stand-in at these places, and has its structure.
+    For functions upstream that treat everything else right, and keep the structure of ``tree``: they get an empty
+    tuple at these places.
     """
-    return map_leaves(lambda leaf, value: function(leaf, value) if is_packed(leaf) else value, tree, other)
+    rest = original(map_packed(lambda packed: (), tree))
+    return map_leaves(lambda leaf, value: function(leaf) if is_packed(leaf) else value, tree, rest)
 
 
 def map_data(function: Callable[[Any], Any], batch: Any, tree: Any) -> Any:

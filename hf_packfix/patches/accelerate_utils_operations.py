@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_packfix.engine import probe
-from hf_packfix.engine.declare import always, around, holds_packed, on_every_packed, on_leaf
+from hf_packfix.engine.declare import always, around, holds_packed, on_leaf
 from hf_packfix.engine.lazily import evaluation, packing, torch
 from hf_packfix.engine.targets import Function
 
@@ -81,8 +81,11 @@ def slice_tensors(original: Function, data: Any, tensor_slice: Any, *args: Any, 
                 f"with TrainingArguments(accelerator_config={{'dispatch_batches': False}}), or use a data set with a "
                 f"length"
             )
-    rest = original(packing.map_packed(lambda packed: (), data), tensor_slice, *args, **kwargs)
-    return packing.merge_packed(lambda packed, _: packing.take(packed, tensor_slice), data, rest)
+    return packing.merge_packed(
+        lambda packed: packing.take(packed, tensor_slice),
+        data,
+        lambda rest: original(rest, tensor_slice, *args, **kwargs),
+    )
 
 
 @around(
@@ -154,17 +157,21 @@ def _is_information(value: Any) -> bool:
     return isinstance(value, PackedInformation)
 
 
-@on_every_packed(
+@around(
     "accelerate.utils.operations:get_data_structure",
     parameters=("data",),
     problem="describes the fields of a PackedSequence one by one, in a PackedSequence that cannot hold descriptions",
     fix="describes its sizes",
     upstream_supports=lambda original: not isinstance(original(probe.packed()), tuple),
 )
-def get_data_structure(original: Function, packed: PackedSequence) -> PackedInformation:
-    """Return the sizes of the sequences as a :class:`PackedInformation`."""
-    data, steps = packed.data, packed.batch_sizes.numel()
-    return PackedInformation(data.shape, data.dtype, steps, packing.batch_size(packed), packed.sorted_indices is None)
+def get_data_structure(original: Function, data: Any) -> Any:
+    """Describe every PackedSequence by a :class:`PackedInformation`."""
+
+    def describe(packed: PackedSequence) -> PackedInformation:
+        steps, sequences = packed.batch_sizes.numel(), packing.batch_size(packed)
+        return PackedInformation(packed.data.shape, packed.data.dtype, steps, sequences, packed.sorted_indices is None)
+
+    return packing.merge_packed(describe, data, original)
 
 
 @around(
@@ -212,11 +219,12 @@ def broadcast(original: Function, tensor: Any, from_process: int = 0) -> Any:
     sizes = [index.numel() for index in indices]
     received = iter(original(torch.cat(indices), from_process=from_process).split(sizes))
 
-    def whole(packed: PackedSequence, data: Tensor) -> PackedSequence:
-        batch_sizes = next(received).cpu()
-        return type(packed)(data, batch_sizes, None if packed.sorted_indices is None else next(received))
+    def whole(leaf: Any, value: Any) -> Any:
+        if not packing.is_packed(leaf):
+            return value
+        return type(leaf)(value, next(received).cpu(), None if leaf.sorted_indices is None else next(received))
 
-    return packing.merge_packed(whole, tensor, sent)
+    return packing.map_leaves(whole, tensor, sent)
 
 
 @around(
@@ -269,7 +277,7 @@ def _is_int16(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.dtype == torch.int16
 
 
-@on_every_packed(
+@around(
     "accelerate.utils.operations:get_shape",
     parameters=("data",),
     problem="describes the fields of a PackedSequence one by one, in a PackedSequence that cannot hold shapes "
@@ -277,6 +285,10 @@ def _is_int16(leaf: Any) -> bool:
     fix="returns the shape of the padded tensor",
     upstream_supports=lambda original: not isinstance(original(probe.packed()), tuple),
 )
-def get_shape(original: Function, packed: PackedSequence) -> list[int]:
-    """Return the shape of the padded tensor, ``[B, T, *]``."""
-    return [packing.batch_size(packed), packed.batch_sizes.numel(), *packed.data.shape[1:]]
+def get_shape(original: Function, data: Any) -> Any:
+    """Return the shape of the padded tensor, ``[B, T, *]``, for every PackedSequence."""
+
+    def shape_of(packed: PackedSequence) -> list[int]:
+        return [packing.batch_size(packed), packed.batch_sizes.numel(), *packed.data.shape[1:]]
+
+    return packing.merge_packed(shape_of, data, original)

@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 def _apply_to_tensors(original: Function, fn: Any, container: Any) -> Any:
     """Keep the result as ``data``, unless it is no tensor: some functions only add a hook."""
 
-    def apply(packed: PackedSequence, _: Any) -> PackedSequence:
+    def apply(packed: PackedSequence) -> PackedSequence:
         data = fn(packed.data)
         return packing.with_data(packed, data) if isinstance(data, torch.Tensor) else packed
 
-    rest = original(fn, packing.map_packed(lambda packed: (), container))
-    return packing.merge_packed(apply, container, rest)
+    return packing.merge_packed(apply, container, lambda rest: original(fn, rest))
