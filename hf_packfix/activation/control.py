@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -236,7 +237,7 @@ def _enable(
     from hf_packfix.engine.patch import revert
     from hf_packfix.patches import FAST_RNN
 
-    patches.on_first_use = _on_first_use
+    patches.on_first_use = partial(_apply_loaded, _FIRST_USE)
     with _locked():
         if fast_rnn is None:
             fast_rnn = state.fast_rnn
@@ -275,14 +276,7 @@ def on_module_imported(module: ModuleType) -> None:
     Never blocks: another thread may hold the lock while it waits for this very import; the holder applies these
     patches before it releases the lock. Never raises: an exception in an import hook would fail the import itself.
     """
-    state.loaded.append(module.__name__)
-    _apply_loaded()
-
-
-def _on_first_use() -> None:
-    """Apply the patches of modules whose import hook was never called; never blocks or raises, as above."""
-    state.loaded.append(_FIRST_USE)
-    _apply_loaded()
+    _apply_loaded(module.__name__)
 
 
 @contextmanager
@@ -295,8 +289,9 @@ def _locked() -> Iterator[None]:
         _apply_loaded()
 
 
-def _apply_loaded() -> None:
-    """Apply the patches of the modules loaded so far, unless another thread is at work, which will."""
+def _apply_loaded(*names: str) -> None:
+    """Apply the patches of these modules and of others loaded so far, unless another thread is at work, which will."""
+    state.loaded.extend(names)
     lock = state.lock
     # A loop: a module may have found the lock taken a moment before it was released.
     while state.loaded and lock.acquire(blocking=False):

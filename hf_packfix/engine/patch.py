@@ -177,7 +177,7 @@ class Patch:
         if state == "applied":
             return current is None or not self._reached_from(current)
         if state == "not-needed" and current is not self._judged:
-            return current is None or not self._supported_by(current)
+            return current is None or not self.supported_by(current)
         return False
 
     def _status(self, state: State, detail: str = "") -> PatchStatus:
@@ -204,7 +204,7 @@ class Patch:
         known_original = any(layer.owner is owner and layer.original is current for layer in self._layers)
         if self._reached_from(current) or known_original:
             return "applied", ""
-        if self._supported_by(current):
+        if self.supported_by(current):
             self._judged = current
             return "not-needed", f"{location(current)} handles PackedSequence"
         found = parameters_of(current)
@@ -238,8 +238,12 @@ class Patch:
     def _current(self) -> Function | None:
         return resolve(self.module, self.path)[1]
 
-    def _supported_by(self, function: Function) -> bool:
-        return self.upstream_supports is not None and succeeds(self.upstream_supports, function)
+    def supported_by(self, function: Function) -> bool:
+        """Return whether a function supports PackedSequence; whatever it raises on one counts as no."""
+        try:
+            return self.upstream_supports is not None and bool(self.upstream_supports(function))
+        except Exception:
+            return False
 
     def _reached_from(self, current: Function) -> bool:
         """Return whether a call of ``current`` ends up in our wrapper."""
@@ -250,11 +254,11 @@ class Patch:
         if not wrappers or self.upstream_supports is None or any(current is layer.original for layer in self._layers):
             return False
         # If it supports PackedSequence without ours, it is a fix of its own.
-        if self._other_copies(current) or (not self.active and self._supported_by(current)):
+        if self._other_copies(current) or (not self.active and self.supported_by(current)):
             return False
         was, self.active = self.active, True
         try:
-            return self._supported_by(current)
+            return self.supported_by(current)
         finally:
             self.active = was
 
@@ -307,11 +311,3 @@ def raise_if_unsafe(*, evaluates: bool) -> None:
                 f"a packed batch would give wrong numbers here. {patch.deviation()}. Upgrade hf_packfix, or install a "
                 f"release that it was tested with (hf-packfix docs versions), or collate padded tensors"
             )
-
-
-def succeeds(probe: Callable[[Function], bool], function: Function) -> bool:
-    """Return what a probe finds of a function; whatever the function raises on a PackedSequence counts as no."""
-    try:
-        return bool(probe(function))
-    except Exception:
-        return False

@@ -185,14 +185,11 @@ class RecurrentModel(RecurrentPreTrainedModel):
 
     def _check_inputs(self, input_ids: Steps | None, input_values: Steps | None) -> Steps:
         features = self.config.input_size
-        if features is None:
-            name, inputs, other = "input_ids", input_ids, input_values
-        else:
-            name, inputs, other = "input_values", input_values, input_ids
-        if inputs is None or other is not None:
-            given = {"input_ids": input_ids, "input_values": input_values}
-            found = " and ".join(key for key, value in given.items() if value is not None)
-            raise ValueError(f"this model reads {name} alone, found {found or 'neither'}")
+        name, inputs = ("input_ids", input_ids) if features is None else ("input_values", input_values)
+        given = {"input_ids": input_ids, "input_values": input_values}
+        found = [key for key, value in given.items() if value is not None]
+        if inputs is None or found != [name]:
+            raise ValueError(f"this model reads {name} alone, found {' and '.join(found) or 'neither'}")
         packed = isinstance(inputs, PackedSequence)
         expected = [*(["N"] if packed else ["B", "T"]), *([] if features is None else [features])]
         # `torch.export` cannot trace `data` of a tensor that is a slice of another one.

@@ -319,33 +319,21 @@ def compute_loss(original: Function, self: Any, model: Any, inputs: Any, *args: 
     The original takes the labels out of the batch before it calls the model, and shifts them by one column if
     transformers lists the model's class as a causal language model.
     """
-    if self.label_smoother is not None or self.compute_loss_func is not None:
-        inputs = _without_need_of_labels(self, inputs)
+    keeps_labels = self.label_smoother is not None or self.compute_loss_func is not None
+    # Only for models with `labels_in_loss`: what upstream does for others stays as it is.
+    labels_in_loss = getattr(self.model, "labels_in_loss", None)
+    if keeps_labels and labels_in_loss is not None and _has_labels(inputs):
+        labels = inputs["labels"]
+        if self.compute_loss_func is None:
+            inputs = {**inputs, "labels": labels_in_loss(inputs)}
+        prepare = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if prepare is not None and inputs.get("decoder_input_ids") is None:
+            inputs = {**inputs, "decoder_input_ids": prepare(labels=labels)}
     return original(self, model, inputs, *args, **kwargs)
 
 
-def _without_need_of_labels(trainer: Any, inputs: Any) -> Any:
-    """Return a batch for a Trainer that keeps the labels from the model and computes the loss itself."""
-    # Only for models with `labels_in_loss`: what upstream does for others stays as it is.
-    labels_in_loss = getattr(trainer.model, "labels_in_loss", None)
-    if labels_in_loss is None or not isinstance(inputs, Mapping) or inputs.get("labels") is None:
-        return inputs
-    changed = {} if trainer.compute_loss_func is not None else {"labels": labels_in_loss(inputs)}
-    prepare = getattr(trainer.model, "prepare_decoder_input_ids_from_labels", None)
-    if prepare is not None and inputs.get("decoder_input_ids") is None:
-        changed["decoder_input_ids"] = prepare(labels=inputs["labels"])
-    return {**inputs, **changed}
-
-
-def _labels_in_loss(trainer: Any) -> Function | None:
-    """Return the method ``labels_in_loss`` of a Trainer's model; None for models without one.
-
-    A model with this method declares which labels its loss uses. ``labels_in_loss(inputs)`` returns them, a tensor or
-    packed, with one label for each of the model's logits, and -100 if the loss ignores it. The models of
-    ``hf_packfix.models`` have it: they ignore labels at padding, wherever it is, which upstream's count cannot know.
-    """
-    # With the user's own loss, upstream's count is what it is written for.
-    return None if trainer.compute_loss_func is not None else getattr(trainer.model, "labels_in_loss", None)
+def _has_labels(inputs: Any) -> bool:
+    return isinstance(inputs, Mapping) and inputs.get("labels") is not None
 
 
 def _with_countable_labels(trainer: Any, batch: Any) -> Any:
@@ -353,10 +341,16 @@ def _with_countable_labels(trainer: Any, batch: Any) -> Any:
 
     Every packed batch of a training comes through here, as the data loader returned it: an inconsistent
     PackedSequence, on which torch's recurrent layers may compute something, is found here.
+
+    A model with a method ``labels_in_loss`` declares which labels its loss uses. ``labels_in_loss(inputs)`` returns
+    them, a tensor or packed, with one label for each of the model's logits, and -100 if the loss ignores it. The
+    models of ``hf_packfix.models`` have it: they ignore labels at padding, wherever it is, which upstream's count
+    cannot know.
     """
     has_packed = packing.check_batch(batch)
-    labels_in_loss = _labels_in_loss(trainer)
-    if labels_in_loss is not None and isinstance(batch, Mapping) and batch.get("labels") is not None:
+    labels_in_loss = getattr(trainer.model, "labels_in_loss", None)
+    # With the user's own loss, upstream's count is what it is written for.
+    if labels_in_loss is not None and trainer.compute_loss_func is None and _has_labels(batch):
         # The original may leave out the first: an ignored one in front, and all of these count.
         flat = torch.nn.functional.pad(labels_in_loss(batch).data.flatten(), (1, 0), value=-100)
         return {**{key: value for key, value in batch.items() if key != "shift_labels"}, "labels": flat}

@@ -35,29 +35,20 @@ def _smooths(original: Function) -> bool:
 def label_smoother_call(
     original: Function, self: Any, model_output: Any, labels: Any, shift_labels: bool = False, **kwargs: Any
 ) -> Any:
-    """Smooth over the rows of ``data``, or over padded tensors if the loss needs to know the steps."""
-    if packing.is_packed(model_output):
-        logits = model_output  # not a tuple of outputs, whose first would be its data
-    else:
-        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
-    if packing.is_packed(logits) or packing.is_packed(labels):
-        both = packing.is_packed(logits) and packing.is_packed(labels)
-        if both and not shift_labels and packing.same_packing(logits, labels):
-            logits, labels = logits.data, labels.data
-        else:
-            logits, labels = _padded(logits, labels, self.ignore_index)
-        model_output = {"logits": logits}
-    return original(self, model_output, labels, shift_labels, **kwargs)
-
-
-def _padded(logits: Any, labels: Any, ignore_index: int) -> tuple[Any, Any]:
-    """Return logits ``[B, T, C]`` and labels ``[B, T]``, one of them packed, over the same steps.
+    """Smooth over the rows of ``data``, or over padded tensors if the loss needs to know the steps.
 
     Raises:
         ValueError: both are packed and a sequence has more logits than labels, or fewer.
     """
+    if packing.is_packed(model_output):
+        logits = model_output  # not a tuple of outputs, whose first would be its data
+    else:
+        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
     logits_are_packed, labels_are_packed = packing.is_packed(logits), packing.is_packed(labels)
-    if logits_are_packed and labels_are_packed:
+    both = logits_are_packed and labels_are_packed
+    if both and not shift_labels and packing.same_packing(logits, labels):
+        return original(self, {"logits": logits.data}, labels.data, shift_labels, **kwargs)
+    if both:
         of_logits, of_labels = packing.lengths(logits), packing.lengths(labels)
         if not torch.equal(of_logits, of_labels):
             raise ValueError(
@@ -67,11 +58,11 @@ def _padded(logits: Any, labels: Any, ignore_index: int) -> tuple[Any, Any]:
     if labels_are_packed:
         # A model may pad its logits to more steps than the longest sequence of labels has.
         steps = None if logits_are_packed else logits.shape[1]
-        labels = packing.pad(labels, ignore_index, total_length=steps, promote=True)
+        labels = packing.pad(labels, self.ignore_index, total_length=steps, promote=True)
     if logits_are_packed:
         # Logits at padding do not matter: their label is `ignore_index`.
         logits = packing.pad(logits, 0.0, total_length=labels.shape[1])
-    return logits, labels
+    return original(self, {"logits": logits}, labels, shift_labels, **kwargs)
 
 
 @on_leaf(

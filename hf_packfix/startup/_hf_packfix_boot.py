@@ -110,21 +110,15 @@ class _Loader:
         if name in ("_loader", "_spec", "_finder"):  # while a copy is being made, there is nothing to delegate to yet
             raise AttributeError(name)
         value = getattr(self._loader, name)
-        if name == "exec_module":
-            return self._exec_module
-        if name == "load_module":
-            return self._load_module
-        return value
+        if name not in ("exec_module", "load_module"):
+            return value
 
-    def _exec_module(self, module: "Any") -> None:
-        self._withdraw(module)
-        self._activate_once()
-        self._loader.exec_module(module)
+        def load(module: "Any") -> "Any":  # or its name, for `load_module`
+            self._withdraw(module)
+            self._activate_once()
+            return value(module)
 
-    def _load_module(self, fullname: str) -> "Any":
-        self._withdraw(None)
-        self._activate_once()
-        return self._loader.load_module(fullname)
+        return load
 
     def _withdraw(self, module: "Any") -> None:
         """Put the wrapped loader back, unless third-party code has put another one there."""

@@ -11,7 +11,7 @@ from packaging.version import Version
 
 import hf_packfix
 from hf_packfix.activation import versions
-from hf_packfix.engine.patch import Patch, succeeds
+from hf_packfix.engine.patch import Patch
 from hf_packfix.engine.targets import resolve
 from hf_packfix.patches import FAST_RNN, PATCHES
 from tests.support.oracle import stock
@@ -39,7 +39,7 @@ def test_upstream_is_what_the_patch_was_written_for(patch):
             f"{patch.target} of {where} takes {found}; the patch was written for {patch.parameters}"
         )
         if patch.upstream_supports is not None:
-            handles = succeeds(patch.upstream_supports, original)
+            handles = patch.supported_by(original)
             assert handles == (expected == "not-needed"), (
                 f"{patch.target} of {where} {'now does' if handles else 'does not do'} what is right for a "
                 f"PackedSequence: change `until` of its patch, or the probe"

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import hf_packfix
 from hf_packfix.engine import probe
-from hf_packfix.engine.patch import Patch, succeeds
+from hf_packfix.engine.patch import Patch
 from hf_packfix.engine.targets import resolve
 from hf_packfix.patches import PATCHES, transformers_trainer
 from tests.support.packed_sequences import META
@@ -52,7 +52,7 @@ def test_the_wrapper_passes_the_probe_unless_it_is_inactive(monkeypatch, patch: 
     wrapper = wrapper_of(patch)
     assert patch.upstream_supports(wrapper) is True
     monkeypatch.setattr(patch, "active", False)
-    assert not succeeds(patch.upstream_supports, wrapper)
+    assert not patch.supported_by(wrapper)
 
 
 def test_the_probe_is_two_sequences_out_of_order():
