@@ -11,7 +11,6 @@ Trainer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_packfix.engine import probe
@@ -134,64 +133,24 @@ def send_to_device(original: Function, packed: PackedSequence, *args: Any, **kwa
     return packing.with_data(packed, original(packed.data, *args, **kwargs))
 
 
-@dataclass(frozen=True)
-class PackedInformation:
-    """The shape of a PackedSequence, as ``TensorInformation`` is that of a tensor; it is sent to other processes.
-
-    Attributes:
-        shape: of ``data``, ``[N, *]``.
-        dtype: of ``data``.
-        steps: T, the length of ``batch_sizes``.
-        sequences: B, the length of the index tensors.
-        is_sorted: whether there are no index tensors.
-    """
-
-    shape: torch.Size
-    dtype: torch.dtype
-    steps: int
-    sequences: int
-    is_sorted: bool
-
-
-def _is_information(value: Any) -> bool:
-    return isinstance(value, PackedInformation)
-
-
 @around(
     "accelerate.utils.operations:get_data_structure",
     parameters=("data",),
     problem="describes the fields of a PackedSequence one by one, in a PackedSequence that cannot hold descriptions",
-    fix="describes its sizes",
-    upstream_supports=lambda original: not isinstance(original(probe.packed()), tuple),
+    fix="describes the data, and keeps the other fields",
+    upstream_supports=lambda original: not isinstance(getattr(original(probe.packed()), "data", None), torch.Tensor),
 )
 def get_data_structure(original: Function, data: Any) -> Any:
-    """Describe every PackedSequence by a :class:`PackedInformation`."""
+    """Describe the ``data`` of every PackedSequence; how it is packed is sent with the description, from the CPU.
 
-    def describe(packed: PackedSequence) -> PackedInformation:
-        steps, sequences = packed.batch_sizes.numel(), packing.batch_size(packed)
-        return PackedInformation(packed.data.shape, packed.data.dtype, steps, sequences, packed.sorted_indices is None)
+    Upstream's ``initialize_tensors`` makes a PackedSequence of this in the other processes.
+    """
+
+    def describe(packed: PackedSequence) -> PackedSequence:
+        others = [None if field is None else field.cpu() for field in packed[1:]]
+        return type(packed)._make([original(packed.data), *others])
 
     return packing.merge_packed(describe, data, original)
-
-
-@around(
-    "accelerate.utils.operations:initialize_tensors",
-    when=lambda data_structure: packing.contains(data_structure, _is_information),
-    parameters=("data_structure",),
-    problem="makes room only for tensors",
-    fix="makes room for a PackedSequence as well",
-)
-def initialize_tensors(original: Function, data_structure: Any) -> Any:
-    """Make a PackedSequence of the right sizes on the CPU, to be filled by ``broadcast``."""
-
-    def packed_of(leaf: Any) -> Any:
-        if not _is_information(leaf):
-            return leaf
-        data = torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
-        indices = None if leaf.is_sorted else torch.arange(leaf.sequences, device="cpu")
-        return packing.PackedSequence(data, torch.ones(leaf.steps, dtype=torch.int64, device="cpu"), indices)
-
-    return packing.map_leaves(packed_of, original(data_structure))
 
 
 @around(

@@ -32,7 +32,6 @@ def sequences(packed):
     "accelerate.utils.operations:slice_tensors",
     "accelerate.utils.operations:concatenate",
     "accelerate.utils.operations:get_data_structure",
-    "accelerate.utils.operations:initialize_tensors",
     "accelerate.utils.operations:gather",
     "accelerate.utils.operations:get_shape",
 )
@@ -52,8 +51,7 @@ def test_every_operation_treats_a_packed_sequence_as_its_sequences(wrap):
     for empty in leaves(operations.initialize_tensors(structure)):
         assert empty.data.shape == packed.data.shape
         assert empty.data.dtype == packed.data.dtype
-        assert empty.batch_sizes.shape == packed.batch_sizes.shape
-        assert empty.sorted_indices.shape == packed.sorted_indices.shape
+        assert list(map(torch.equal, empty[1:], packed[1:])) == [True] * 3
     assert leaves(operations.get_shape(wrap(packed)))[0] == [3, 4]
     for same in leaves(operations.broadcast(wrap(packed))):
         assert torch.equal(packing.pad(same), packing.pad(packed))

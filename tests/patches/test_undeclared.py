@@ -28,7 +28,7 @@ import hf_packfix.packing
 import hf_packfix.patches
 import hf_packfix.rnn
 from hf_packfix.engine.patch import Patch
-from hf_packfix.patches import FAST_RNN, PATCHES, accelerate_utils_operations
+from hf_packfix.patches import FAST_RNN, PATCHES
 
 FILES = sorted(path for path in Path(hf_packfix.patches.__file__).parent.glob("*.py") if path.name != "__init__.py")
 
@@ -45,7 +45,7 @@ PUBLIC = {
     for owner in _PUBLIC
     for name in dir(owner)
     if not (isinstance(owner, type) and issubclass(owner, BaseException))
-} | {"module", *accelerate_utils_operations.PackedInformation.__annotations__}
+} | {"module"}
 
 #: Methods of our own models, which others may have as well.
 OURS = {"labels_in_loss", "prepare_decoder_input_ids_from_labels"}
