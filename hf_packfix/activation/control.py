@@ -370,15 +370,17 @@ def _announce() -> None:
     _apply_and_log([patch for patch in _requested_patches() if patch.module not in sys.modules])
     # The versions are read from files: only if the line is shown.
     if logger.isEnabledFor(logging.INFO) and is_main_process():
+        found = {package: versions.found(package) for package in ("transformers", "accelerate", "torch")}
         logger.info(
             "hf_packfix %s activated by %s: %d patches applied, %d pending; transformers %s, accelerate %s, torch %s",
             __version__,
             state.activated_by,
             states.count("applied"),
             states.count("pending"),
-            *map(versions.found, ("transformers", "accelerate", "torch")),
+            *found.values(),
         )
-        newer = [f"{package} {version}" for package, version in versions.untested().items()]
+        tested = versions.NEWEST_TESTED.items()
+        newer = [f"{package} {found[package]}" for package, newest in tested if versions.older(newest, found[package])]
         if newer:
             logger.info("newer than what hf_packfix was tested with, judged by probes: %s", ", ".join(newer))
 

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,21 +76,26 @@ def found(package: str) -> str | None:
     Imports no package: if the metadata are missing or broken, reads ``__version__`` from the loaded module or from its
     source. A program that PyInstaller made has the metadata that our hook adds.
     """
-    # Imported here: a process that never activates should not pay for it.
-    try:
-        import importlib_metadata
-
-        version: str | None = importlib_metadata.version(package)
     # No such package, or importlib_metadata itself (both are ImportErrors); a file without a version, one that is not
     # UTF-8, one that cannot be read.
-    except (ImportError, KeyError, ValueError, OSError):
-        version = None
-    if version is None:
-        try:
-            version = getattr(sys.modules.get(_module(package)), "__version__", None)
-        except Exception:  # a stand-in, or a lazy module in the middle of its import
-            version = None
-    return version if isinstance(version, str) else _in_source(_module(package))
+    with suppress(ImportError, KeyError, ValueError, OSError):
+        # Imported here: a process that never activates should not pay for it.
+        import importlib_metadata
+
+        version: Any = importlib_metadata.version(package)
+        if isinstance(version, str):
+            return version
+    module = _module(package)
+    # Stand-ins, lazy modules in the middle of their import, finders and loaders of others may raise anything.
+    with suppress(Exception):
+        version = getattr(sys.modules.get(module), "__version__", None)
+        if isinstance(version, str):
+            return version
+    with suppress(Exception):
+        loader: Any = getattr(importlib.util.find_spec(module), "loader", None)
+        match = re.search(r"""^__version__(?:: str)? = (["'])([^"']+)\1""", loader.get_source(module), re.MULTILINE)
+        return match and match[2]
+    return None
 
 
 def conflict() -> Conflict | None:
@@ -101,7 +107,7 @@ def conflict() -> Conflict | None:
             return Conflict(package, required, None)
     for package, required in MINIMUM.items():
         version = found(package)
-        if version is None or _older(version, required):
+        if version is None or older(version, required):
             return Conflict(package, required, version)
     return None
 
@@ -110,31 +116,12 @@ def _module(package: str) -> str:
     return package.replace("-", "_")
 
 
-def _in_source(module: str) -> str | None:
-    """Return the ``__version__`` that the source of a top-level package assigns; None if there is no such source."""
-    try:
-        loader: Any = getattr(importlib.util.find_spec(module), "loader", None)
-        match = re.search(r"""^__version__(?:: str)? = (["'])([^"']+)\1""", loader.get_source(module), re.MULTILINE)
-    except Exception:  # finders and loaders of others may raise anything
-        return None
-    return match and match[2]
-
-
-def untested() -> dict[str, str]:
-    """Return the packages that are newer than the newest tested version, with the version found."""
-    versions = {package: found(package) for package in NEWEST_TESTED}
-    return {
-        package: version
-        for package, version in versions.items()
-        if version is not None and _older(NEWEST_TESTED[package], version)
-    }
-
-
-def _older(version: str, than: str) -> bool:
+def older(version: str | None, than: str | None) -> bool:
+    """Return whether a version comes before another one; False if one of them is unknown."""
     from packaging.version import InvalidVersion, Version
 
     try:
         # Only release numbers: 4.46.0.dev0 has what 4.46 has, and a local build suffix means nothing.
-        return Version(version).release < Version(than).release
+        return Version(version or "").release < Version(than or "").release
     except InvalidVersion:
         return False
