@@ -1,6 +1,7 @@
 """A data collator whose batches hold PackedSequences.
 
-A column is the list of a key's values in all rows; ``rows`` are the numbers of those in the batch, in its order.
+A column is the list of a key's values in all rows of the features; ``rows`` are the numbers of those in the batch, in
+its order.
 """
 
 from __future__ import annotations
@@ -130,7 +131,9 @@ class DataCollatorForPackedSequence:
             rows = _by_length(columns, packed, rows)
         packings: dict[tuple[int, ...], PackedSequence] = {}
         make = dict.fromkeys(packed, partial(self._pack, packings)) | dict.fromkeys(padded_keys, _pad_rows)
-        return {key: make.get(key, _stack)(key, values, rows) for key, values in columns.items()}
+        return {
+            key: make.get(key, _stack)(key, [values[row] for row in rows], rows) for key, values in columns.items()
+        }
 
     def _cut(self, columns: dict[str, list[Any]], masks: list[Any], tensor_keys: Collection[str]) -> None:
         """Take out the steps that a row's mask calls padding, in place."""
@@ -170,10 +173,9 @@ class DataCollatorForPackedSequence:
                 columns[key][row] = columns[key][row][keep[row]]
 
     def _pack(
-        self, packings: dict[tuple[int, ...], PackedSequence], key: str, column: list[Any], rows: list[int]
+        self, packings: dict[tuple[int, ...], PackedSequence], key: str, values: list[Any], rows: list[int]
     ) -> PackedSequence:
         """Return the rows of one key as a PackedSequence; keys of the same lengths share all other fields."""
-        values = [column[row] for row in rows]
         if any(issubclass(kind, PackedSequence) for kind in set(map(type, values))):
             return self._join(key, values, rows)
         shapes = [tuple(value.shape) for value in values]
@@ -269,9 +271,8 @@ def _check_labels(labels: Tensor, input_ids: list[Any] | None, keep: Tensor, row
         )
 
 
-def _stack(key: str, column: list[Any], rows: list[int]) -> Tensor:
+def _stack(key: str, values: list[Any], rows: list[int]) -> Tensor:
     """Return the rows as one tensor ``[B, *]``."""
-    values = [column[row] for row in rows]
     for row, value in zip(rows, values, strict=True):
         if isinstance(value, PackedSequence):
             raise ValueError(f"{key!r} of row {row} is a PackedSequence, which cannot be stacked: pack the key")
@@ -284,9 +285,8 @@ def _stack(key: str, column: list[Any], rows: list[int]) -> Tensor:
     return torch.stack(_promote(key, values, rows))
 
 
-def _pad_rows(key: str, column: list[Any], rows: list[int]) -> Tensor:
+def _pad_rows(key: str, values: list[Any], rows: list[int]) -> Tensor:
     """Return the rows as one tensor ``[B, T, *]``, padded with -100; a row may be empty."""
-    values = [column[row] for row in rows]
     first = next((place for place, value in enumerate(values) if _steps(value)), None)
     for row, value in zip(rows, values, strict=True):
         if isinstance(value, PackedSequence):

@@ -15,6 +15,7 @@ break it.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -58,6 +59,11 @@ def holds_packed(*args: Any, **kwargs: Any) -> bool:
             if not isinstance(value, (tuple, list, Mapping)):
                 _opaque.add(type(value))
     return False
+
+
+def with_our_models(*args: Any, **kwargs: Any) -> bool:
+    """Return whether a model may be one of ours, whose padded batches need a patch as well, or a batch is packed."""
+    return "hf_packfix.models" in sys.modules or holds_packed(*args, **kwargs)
 
 
 def always(*args: Any, **kwargs: Any) -> bool:

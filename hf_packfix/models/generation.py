@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from hf_packfix.models.upstream import CACHE_NAME, rename_state
+from hf_packfix.models.upstream import CACHE_NAME, STATE_NAMES, given_state
 from hf_packfix.packing.packed import PackedSequence, pad_left, with_data
 
 
@@ -118,7 +118,10 @@ class RecurrentGenerationMixin(GenerationMixin):
         Raises:
             ValueError: ``decoder_attention_mask`` of an encoder-decoder ends with padding.
         """
-        rename_state(kwargs)
+        state = given_state(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in STATE_NAMES}
+        if state is not None:
+            kwargs[CACHE_NAME] = state
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if isinstance(input_ids, PackedSequence):
             real = with_data(input_ids, torch.ones_like(input_ids.data))
@@ -158,10 +161,8 @@ class RecurrentGenerationMixin(GenerationMixin):
         """
 
         def setting(name: str) -> Any:
-            for value in (words.get(name), getattr(config, name, None), getattr(self.generation_config, name, None)):
-                if value is not None:
-                    return value
-            return None
+            given = words.get(name), getattr(config, name, None), getattr(self.generation_config, name, None)
+            return next((value for value in given if value is not None), None)
 
         padding, end = setting("pad_token_id"), setting("eos_token_id")
         ends = [] if end is None else torch.as_tensor(end, device="cpu").flatten().tolist()

@@ -23,7 +23,8 @@ def cache_name(names: Iterable[str]) -> str:
 #: The keyword that the installed release uses: ``past_key_values`` up to 5.23, ``cache`` from 5.24 on.
 CACHE_NAME = cache_name(field.name for field in fields(CausalLMOutputWithPast))
 
-_STATE_NAMES = tuple(dict.fromkeys((CACHE_NAME, *CACHE_NAMES)))
+#: All of these names.
+STATE_NAMES = tuple(dict.fromkeys((CACHE_NAME, *CACHE_NAMES)))
 
 
 def given_state(arguments: Mapping[str, Any]) -> Any:
@@ -35,20 +36,7 @@ def given_state(arguments: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: there are several.
     """
-    given = {name: arguments[name] for name in _STATE_NAMES if arguments.get(name) is not None}
+    given = {name: arguments[name] for name in STATE_NAMES if arguments.get(name) is not None}
     if len(given) > 1:
         raise ValueError(f"expected the recurrent state under one keyword, found {' and '.join(given)}: pass one")
     return [*given.values(), None][0]  # dynamo of torch 2.7 has no `next` with a default
-
-
-def rename_state(arguments: dict[str, Any]) -> None:
-    """Put the recurrent state under the keyword of the installed release, in place.
-
-    Raises:
-        ValueError: there are several.
-    """
-    state = given_state(arguments)
-    for name in _STATE_NAMES:
-        arguments.pop(name, None)
-    if state is not None:
-        arguments[CACHE_NAME] = state

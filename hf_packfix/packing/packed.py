@@ -110,8 +110,6 @@ def pad(
         raise ValueError(f"total_length is {total_length}, but the longest sequence has {steps} steps")
     shape = (_batch_size(packed), steps if total_length is None else total_length, *packed.data.shape[1:])
     padded = packed.data.new_full(shape, padding_value)
-    if packed.data.shape[0] == 0:
-        return padded
     # Written by index rather than with `pad_packed_sequence`: it keeps every dtype, bool included, goes
     # through autograd, and takes the same path for a `total_length`.
     step, rows = group_and_place(packed.batch_sizes)

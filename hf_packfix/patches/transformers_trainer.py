@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_packfix._warnings import warn_once
 from hf_packfix.engine import probe
-from hf_packfix.engine.declare import Declaration, always, around, hand_made, holds_packed, is_active
+from hf_packfix.engine.declare import Declaration, always, around, hand_made, is_active, with_our_models
 from hf_packfix.engine.lazily import evaluation, packing, torch
 from hf_packfix.engine.patch import Patch, raise_if_unsafe, unsafe
 from hf_packfix.engine.targets import Function
@@ -185,11 +185,6 @@ def _main_input_name(trainer: Any) -> str:
     return getattr(trainer.model, "main_input_name", "input_ids")
 
 
-def _with_our_models(*args: Any, **kwargs: Any) -> bool:
-    """Return whether a model may be one of ours, whose padded batches need a patch as well, or a batch is packed."""
-    return "hf_packfix.models" in sys.modules or holds_packed(*args, **kwargs)
-
-
 def _counts_items(original: Function) -> bool:
     trainer = SimpleNamespace(
         model_accepts_loss_kwargs=True,
@@ -207,7 +202,7 @@ def _counts_items(original: Function) -> bool:
 
 @around(
     "transformers.trainer:Trainer._get_num_items_in_batch",
-    when=_with_our_models,
+    when=with_our_models,
     parameters=("self", "batch_samples", "device"),
     problem="silently gives up on packed labels, so that accumulated gradients come out N times too large",
     fix="counts the labels that the loss uses",
@@ -257,7 +252,7 @@ def get_batch_samples(original: Function, self: Any, epoch_iterator: Any, *args:
 
         def countable(batch: Any) -> Any:
             batches.append(batch)
-            return _with_countable_labels(self, batch) if _with_our_models(batch) else batch
+            return _with_countable_labels(self, batch) if with_our_models(batch) else batch
 
         _, items = original(self, map(countable, epoch_iterator), *args, **kwargs)
     if packing.contains(batches) and _counts_input_tokens(self):
@@ -305,7 +300,7 @@ def _countable_packed_sequence() -> Any:
 
 @around(
     "transformers.trainer:Trainer.compute_loss",
-    when=_with_our_models,
+    when=with_our_models,
     parameters=("self", "model", "inputs"),
     problem="label smoothing and compute_loss_func keep the labels from the model: smoothing then compares each token "
     "that our language model reads with itself, and our encoder-decoder has nothing to decode",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_packfix.engine.declare import around, holds_packed
+from hf_packfix.engine.declare import around, with_our_models
 from hf_packfix.engine.lazily import packing, torch
 from hf_packfix.engine.targets import Function
 
@@ -16,8 +15,7 @@ _TRAINER = "transformers.trainer:Trainer"
 
 @around(
     "transformers.trainer_seq2seq:Seq2SeqTrainer.prediction_step",
-    # Padded batches of our own models need the second part.
-    when=lambda *args, **kwargs: "hf_packfix.models" in sys.modules or holds_packed(*args, **kwargs),
+    when=with_our_models,
     parameters=("self", "model", "inputs", "prediction_loss_only"),
     problem="predict_with_generate asks packed labels and inputs for their shape",
     fix="generates from padded inputs",
