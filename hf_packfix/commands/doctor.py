@@ -26,7 +26,7 @@ from hf_packfix.patches import FAST_RNN, PATCHES
 STARTUP_FILES = ("hf_packfix_auto.pth", "hf_packfix_auto.start", "_hf_packfix_boot.py")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Report:
     """What was found.
 
@@ -40,19 +40,19 @@ class Report:
         warnings: what may surprise a user.
     """
 
-    healthy: bool
-    python: str
-    platform: str
+    healthy: bool = False
+    python: str = f"{platform.python_version()} ({sys.executable})"
+    platform: str = platform.platform()
     variable: str | None
     fast_rnn_variable: str | None
-    fast_rnn: bool
+    fast_rnn: bool = False
     startup_files: dict[str, str]
     status: Status
-    trainers: dict[str, dict[str, bool]]
-    selftest: str
-    models: dict[str, str]
+    trainers: dict[str, dict[str, bool]] = dataclasses.field(default_factory=dict)
+    selftest: str = "skipped: hf_packfix is not enabled"
+    models: dict[str, str] = dataclasses.field(default_factory=dict)
     problems: list[str]
-    warnings: list[str]
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
 
 def run(modules: Sequence[str], *, as_json: bool, verbose: bool = False) -> int:
@@ -80,11 +80,15 @@ def run(modules: Sequence[str], *, as_json: bool, verbose: bool = False) -> int:
 def examine(modules: Sequence[str]) -> Report:
     """Look at everything; imports transformers, and the given modules."""
     asks = requested()
-    problems = [text for text in map(misunderstood, (VARIABLE, FAST_RNN_VARIABLE)) if text]
-    warnings: list[str] = []
-
-    files = dict(_startup_files())
-    broken = [f"{path} is {state}" for path, state in files.items() if state != "intact"]
+    report = Report(
+        variable=raw(),
+        fast_rnn_variable=raw(FAST_RNN_VARIABLE),
+        startup_files=dict(_startup_files()),
+        status=status(),
+        problems=[text for text in map(misunderstood, (VARIABLE, FAST_RNN_VARIABLE)) if text],
+    )
+    problems, warnings = report.problems, report.warnings
+    broken = [f"{path} is {state}" for path, state in report.startup_files.items() if state != "intact"]
     if broken and asks in ("on", "force"):
         problems.append(
             f"{VARIABLE} is on, but the start-up files are not all there, so that it may do nothing in a program that "
@@ -94,24 +98,23 @@ def examine(modules: Sequence[str]) -> Report:
         warnings.append(f"{VARIABLE}=1 may not work here: {'; '.join(broken)}")
 
     imported = True
-    if status().enabled or modules:
+    if report.status.enabled or modules:
         try:
             importlib.import_module("transformers.trainer_seq2seq")  # so that its patches are not pending
         except Exception as error:
             problems.append(f"the Trainer cannot be imported: {in_a_line(error)}")
+            report.selftest = "skipped: the Trainer cannot be imported"
             modules, imported = (), False
-    tested = "skipped: the Trainer cannot be imported" if not imported else "skipped: hf_packfix is not enabled"
-    models: dict[str, str] = {}
     if status().enabled and imported:
         failure = try_trainer()
-        tested = "passed" if failure is None else f"failed: {failure}"
+        report.selftest = "passed" if failure is None else f"failed: {failure}"
         if failure is not None:
             problems.append(f"the self-test failed: {failure}")
-        models = _check_models()
-        problems += [f"hf_packfix.models, {name}: {result}" for name, result in models.items() if result != "passed"]
+        report.models = _check_models()
+        results = report.models.items()
+        problems += [f"hf_packfix.models, {name}: {result}" for name, result in results if result != "passed"]
     if modules:
         replace_first_path(os.getcwd())  # as for `hf-packfix run -m`
-    trainers: dict[str, dict[str, bool]] = {}
     for name in modules:
         try:
             module = importlib.import_module(name)
@@ -122,40 +125,25 @@ def examine(modules: Sequence[str]) -> Report:
         found = overridden_methods(name)
         if not found:
             warnings.append(f"--import {name}: found no Trainer subclass; name the module that defines it")
-        trainers.update(found)
+        report.trainers.update(found)
         warnings += handled_apart(name)
     for method, patch in patched_methods().items():
-        without = [name for name, methods in trainers.items() if methods.get(method) is False]
+        without = [name for name, methods in report.trainers.items() if methods.get(method) is False]
         if without:
             warnings.append(
                 f"{method} does not call super() in {', '.join(without)}, so the patch of Trainer.{method} does not "
                 f"act there. Without the patch: {patch.problem}. With it: {patch.fix}."
             )
 
-    now = status()
-    if not now.enabled and asks not in ("off", None):  # None: said above
-        problems.append(now.reason)
-    layers = {patch.target for patch in FAST_RNN}
-    patches = {patch.target: patch for patch in (*PATCHES, *FAST_RNN)}
-    for stands in now.patches:
-        text = patches[stands.target].deviation(stands)
-        if text:
+    report.status = status()
+    if not report.status.enabled and asks not in ("off", None):  # None: said above
+        problems.append(report.status.reason)
+    for patch, stands in zip(PATCHES + FAST_RNN, report.status.patches, strict=True):
+        if text := patch.deviation(stands):
             (warnings if stands.state == "applied" else problems).append(text)
-    return Report(
-        healthy=now.enabled and not problems,
-        python=f"{platform.python_version()} ({sys.executable})",
-        platform=platform.platform(),
-        variable=raw(),
-        fast_rnn_variable=raw(FAST_RNN_VARIABLE),
-        fast_rnn=all(stands.state == "applied" for stands in now.patches if stands.target in layers),
-        startup_files=files,
-        status=now,
-        trainers=trainers,
-        selftest=tested,
-        models=models,
-        problems=problems,
-        warnings=warnings,
-    )
+    report.fast_rnn = all(stands.state == "applied" for stands in report.status.patches[len(PATCHES) :])
+    report.healthy = report.status.enabled and not problems
+    return report
 
 
 def _check_models() -> dict[str, str]:
