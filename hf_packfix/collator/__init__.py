@@ -199,9 +199,7 @@ class DataCollatorForPackedSequence:
                 check(value)
             except ValueError as error:
                 raise ValueError(f"{key!r} of row {row}: {error}") from None
-            if not num_tokens(value):
-                raise ValueError(f"{key!r} of row {row} is empty: {_DROP}")
-            _check_steps(key, row, value.data, values[0].data, rows[0])
+            _check_sequence(key, row, value.data, values[0].data, rows[0])
         flats, steps = zip(*map(to_jagged, values), strict=True)
         # As with rows that are not packed, whether or not each of these had index tensors.
         return from_jagged(torch.cat(flats), torch.cat(steps), keep_order=self.enforce_sorted)
@@ -301,16 +299,11 @@ def _pad_rows(key: str, values: list[Any], rows: list[int]) -> Tensor:
 
 
 def _check_sequence(key: str, row: int, value: Tensor, first: Tensor, first_row: int) -> None:
-    """Raise if a row cannot be packed with the first one."""
+    """Raise if the steps of a row ``[T, *]`` cannot be packed with those of the first one."""
     if value.dim() == 0:
         raise ValueError(f"{key!r} of row {row} must be a sequence, found the number {value.item()}")
     if len(value) == 0:
         raise ValueError(f"{key!r} of row {row} is empty: {_DROP}")
-    _check_steps(key, row, value, first, first_row)
-
-
-def _check_steps(key: str, row: int, value: Tensor, first: Tensor, first_row: int) -> None:
-    """Raise if the steps of a row differ in shape from those of the first one."""
     if value.shape[1:] != first.shape[1:]:
         raise ValueError(
             f"{key!r} of row {row} has steps of shape {list(value.shape[1:])}, but row {first_row} has "

@@ -154,10 +154,7 @@ class RecurrentGenerationMixin(GenerationMixin):
     def _mask_of_padding(self, input_ids: Tensor, config: Any, words: dict[str, Any]) -> Tensor | None:
         """Return the mask ``[B, T]`` that transformers infers from the tokens of prompts without one; None if none.
 
-        Args:
-            input_ids: the prompts.
-            config: the ``generation_config`` that ``generate()`` was given.
-            words: the keyword arguments that it was given.
+        ``config`` is the ``generation_config`` that ``generate()`` was given, ``words`` are the keyword arguments.
         """
 
         def setting(name: str) -> Any:

@@ -26,9 +26,10 @@ from transformers.utils.generic import ModelOutput
 from hf_packfix.models.configuration_recurrent import RecurrentConfig
 from hf_packfix.models.generation import RecurrentCache, RecurrentGenerationMixin
 from hf_packfix.models.loss import next_labels, sequence_loss, step_labels, step_loss
-from hf_packfix.models.steps import Steps, is_exporting, is_tracing, map_steps, pack, real_steps, unpack
+from hf_packfix.models.steps import Steps, is_exporting, is_tracing, map_steps, real_steps
 from hf_packfix.models.traced import run_exported, run_traced
 from hf_packfix.models.upstream import CACHE_NAME, given_state
+from hf_packfix.packing.jagged import from_jagged, to_jagged
 from hf_packfix.packing.packed import PackedSequence, with_data
 from hf_packfix.rnn import call
 
@@ -165,9 +166,11 @@ class RecurrentModel(RecurrentPreTrainedModel):
             steps, state = run_traced(self.rnn, self._embed(inputs), real, start)
         else:
             assert isinstance(inputs, Tensor)
-            packed = pack(inputs, real)
-            steps, state = call(self.rnn, with_data(packed, self._embed(packed.data)), start)
-            steps = unpack(steps, real)
+            packed = from_jagged(inputs[real], real.sum(1).cpu())
+            packed, state = call(self.rnn, with_data(packed, self._embed(packed.data)), start)
+            values, _ = to_jagged(packed)
+            steps = values.new_zeros((*real.shape, values.shape[1]))
+            steps[real] = values
         width = inputs.batch_sizes.numel() if isinstance(inputs, PackedSequence) else inputs.shape[1]
         final = RecurrentCache.from_state(state, width + (0 if begun is None else begun.seen_steps))
         keep_state = self.config.use_cache if use_cache is None else use_cache

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hf_packfix.packing.jagged import from_jagged, to_jagged
+from hf_packfix.packing.jagged import to_jagged
 from hf_packfix.packing.packed import PackedSequence, batch_size, move_without_waiting, same_packing, with_data
 
 Steps: TypeAlias = Tensor | PackedSequence
@@ -64,19 +64,6 @@ def real_steps(attention_mask: Steps | None, inputs: Steps, *, continues: bool =
     if empty:
         raise ValueError(f"attention_mask has no real step in row {empty[0]}: drop empty sequences from the batch")
     return real
-
-
-def pack(padded: Tensor, real: Tensor) -> PackedSequence:
-    """Return the real steps of a padded tensor ``[B, T, *]`` as a PackedSequence of B sequences."""
-    return from_jagged(padded[real], real.sum(1).cpu())
-
-
-def unpack(packed: PackedSequence, real: Tensor, fill: float = 0.0) -> Tensor:
-    """Return the padded tensor ``[B, T, *]`` with the sequences on its real steps: the inverse of ``pack``."""
-    flat, _ = to_jagged(packed)
-    padded = flat.new_full((*real.shape, *flat.shape[1:]), fill)
-    padded[real] = flat
-    return padded
 
 
 def map_steps(function: Callable[[Tensor], Tensor], steps: Steps) -> Steps:
