@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from hf_packfix._version import __version__
+from hf_packfix.commands import CommandError
 
 RUN_USAGE = "\n       ".join(
     f"hf-packfix run [--status] {program} [ARGS...]" for program in ("SCRIPT", "-m MODULE", "-c CODE", "-")
@@ -40,22 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.get(options.command, parser)
     if unknown:
         command.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if options.command == "doctor":
-        from hf_packfix.commands import doctor
-
-        return doctor.run(options.modules, as_json=options.as_json, verbose=options.verbose)
-    if options.command == "docs":
-        from hf_packfix.commands import pages
-
-        try:
-            return pages.run(options.page)
-        except pages.UnknownPageError as error:
-            command.error(f"argument PAGE: {error}")
-    from hf_packfix.commands import demo
-
     try:
+        if options.command == "doctor":
+            from hf_packfix.commands import doctor
+
+            return doctor.run(options.modules, as_json=options.as_json, verbose=options.verbose)
+        if options.command == "docs":
+            from hf_packfix.commands import pages
+
+            return pages.run(options.page)
+        from hf_packfix.commands import demo
+
         return demo.run(options.seed, options.epochs, options.output_dir, plot=options.plot)
-    except demo.DemoError as error:
+    except CommandError as error:
         command.error(str(error))
 
 
@@ -85,7 +83,7 @@ def _run(words: Sequence[str]) -> int:
     option, target, arguments = _program(parser, words[show_status:])
     try:
         run.run(target, arguments, option=option, show_status=show_status)
-    except run.RunError as error:
+    except CommandError as error:
         parser.error(str(error))
     return 0
 

@@ -31,6 +31,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import hf_packfix
 from hf_packfix.collator import DataCollatorForPackedSequence
+from hf_packfix.commands import CommandError
 from hf_packfix.models import RecurrentConfig, RecurrentForSequenceClassification
 from hf_packfix.models.loss import sequence_loss
 from hf_packfix.packing.packed import lengths
@@ -38,10 +39,6 @@ from hf_packfix.packing.packed import lengths
 BATCH, TURNS = 32, 5
 
 Row = dict[str, Any]
-
-
-class DemoError(Exception):
-    """Something the user can mend: a missing package, a folder that cannot be written."""
 
 
 def run(seed: int, epochs: int, output_dir: Path, *, plot: bool = True) -> int:
@@ -57,11 +54,11 @@ def run(seed: int, epochs: int, output_dir: Path, *, plot: bool = True) -> int:
         The exit status: 0.
 
     Raises:
-        DemoError: a package of the demo extra is missing, or ``output_dir`` cannot be written; hf_packfix is off.
+        CommandError: a package of the demo extra is missing, or ``output_dir`` cannot be written; hf_packfix is off.
     """
     started = time.monotonic()
     if not hf_packfix.is_enabled():
-        raise DemoError(f"the demo needs the plugin, which is not enabled: {hf_packfix.status().reason}")
+        raise CommandError(f"the demo needs the plugin, which is not enabled: {hf_packfix.status().reason}")
     torch.set_num_threads(1)  # these batches gain little from more, and lose much where other programs run
     _make_directory(output_dir)
     _require("sktime", "the demo needs sktime for its data")
@@ -109,14 +106,14 @@ def _make_directory(directory: Path) -> None:
         (directory / ".writable").touch()
         (directory / ".writable").unlink()
     except OSError as error:
-        raise DemoError(f"--output-dir: cannot write to {directory}: {error.strerror}") from error
+        raise CommandError(f"--output-dir: cannot write to {directory}: {error.strerror}") from error
 
 
 def _require(package: str, reason: str) -> None:
     try:
         import_module(package)
     except ImportError as error:
-        raise DemoError(f"{reason}; install: pip install 'hf-packfix[demo]'") from error
+        raise CommandError(f"{reason}; install: pip install 'hf-packfix[demo]'") from error
 
 
 def _load() -> tuple[list[Row], list[Row]]:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from hf_packfix.commands import CommandError
+
 if TYPE_CHECKING:
     from hf_packfix.engine.patch import Patch
 
@@ -33,10 +35,6 @@ MODULES = {
 }
 
 
-class UnknownPageError(ValueError):
-    """A page that does not exist; the message names those that do."""
-
-
 def run(page: str | None) -> int:
     """Print a page as it is, in Markdown, or the list of pages.
 
@@ -48,7 +46,7 @@ def run(page: str | None) -> int:
         The exit status: 0.
 
     Raises:
-        UnknownPageError: there is no such page.
+        CommandError: there is no such page.
     """
     pages = _pages()
     if page is None:
@@ -58,7 +56,7 @@ def run(page: str | None) -> int:
         return 0
     text = pages.get(page.removesuffix(".md"))
     if text is None:
-        raise UnknownPageError(f"expected one of: {', '.join(pages)}; found {page!r}")
+        raise CommandError(f"argument PAGE: expected one of: {', '.join(pages)}; found {page!r}")
     made = {_API: reference, _PATCHES: every_patch}
     _write(made[text]() if text in made else text)
     return 0

@@ -19,10 +19,7 @@ from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
 from hf_packfix.activation.control import enable_for_run, status
-
-
-class RunError(Exception):
-    """A program that cannot be found or opened, or a plugin that cannot be turned on."""
+from hf_packfix.commands import CommandError
 
 
 def run(target: str, arguments: Sequence[str], *, option: str = "", show_status: bool = False) -> None:
@@ -39,7 +36,7 @@ def run(target: str, arguments: Sequence[str], *, option: str = "", show_status:
         show_status: print ``hf_packfix.status()`` to stderr when the program has ended.
 
     Raises:
-        RunError: there is no such program, or the versions found are not supported.
+        CommandError: there is no such program, or the versions found are not supported.
         BaseException: what the program raised.
     """
     is_folder = not option and target != "-" and pkgutil.get_importer(target) is not None  # or a zip file
@@ -51,7 +48,7 @@ def run(target: str, arguments: Sequence[str], *, option: str = "", show_status:
     try:
         enable_for_run()
     except ImportError as error:
-        raise RunError(str(error)) from error
+        raise CommandError(str(error)) from error
     sys.argv = [option or target, *arguments]
     main = sys.modules["__main__"] = ModuleType("__main__")
     main.__dict__.update(__builtins__=sys.modules["builtins"], __loader__=BuiltinImporter)
@@ -71,7 +68,7 @@ def run(target: str, arguments: Sequence[str], *, option: str = "", show_status:
         if show_status:  # registered before what the program registers, so that it runs after that
             atexit.register(lambda: print(f"\n{status()}", file=sys.stderr))
         exec(program, vars(main))
-    except (RunError, SystemExit):
+    except (CommandError, SystemExit):
         raise
     except BaseException as error:
         _show_the_program_alone(error)
@@ -95,7 +92,7 @@ def _module(name: str, main: ModuleType) -> CodeType:
     """Return the code of a module, or without a name of the ``__main__`` that is first on the path."""
     # Private, but what the standard library's own pdb and trace use for `-m`.
     details: Any = runpy._get_module_details if name else runpy._get_main_module_details  # type: ignore[attr-defined]
-    _, spec, program = details(*[name] if name else [], RunError)
+    _, spec, program = details(*[name] if name else [], CommandError)
     if name:
         sys.argv[0] = spec.origin
     main.__dict__.update(
@@ -110,7 +107,7 @@ def _script(path: str, main: ModuleType) -> CodeType:
         with io.open_code(absolute) as file:  # once: a pipe (`<(...)`, `/dev/stdin`) cannot be read again
             content = file.read()
     except OSError as error:
-        raise RunError(f"cannot open {path!r}: {error.strerror}{_hint(path)}") from error
+        raise CommandError(f"cannot open {path!r}: {error.strerror}{_hint(path)}") from error
     main.__dict__.update(__file__=absolute, __loader__=SourceFileLoader("__main__", absolute), __cached__=None)
     byte_code: CodeType | None = pkgutil.read_code(io.BytesIO(content))
     return byte_code or compile(content, absolute, "exec", dont_inherit=True)
