@@ -59,15 +59,12 @@ class Conflict:
     found: str | None
 
     def __str__(self) -> str:
+        cure = "upgrade it, or call hf_packfix.enable(force=True) (HF_PACKFIX=force) to patch what can be patched"
+        found = f"found {self.package} {self.found}"
         if self.found is None:
-            return (
-                f"hf_packfix needs {self.package} >= {self.required}, but {self.package} is not installed, or its "
-                f"metadata is damaged; install it with: pip install '{self.package}>={self.required}'"
-            )
-        return (
-            f"hf_packfix needs {self.package} >= {self.required}, but found {self.package} {self.found}; upgrade "
-            f"it, or call hf_packfix.enable(force=True) (HF_PACKFIX=force) to patch what can be patched"
-        )
+            cure = f"install it with: pip install '{self.package}>={self.required}'"
+            found = f"{self.package} is not installed, or its metadata is damaged"
+        return f"hf_packfix needs {self.package} >= {self.required}, but {found}; {cure}"
 
 
 def found(package: str) -> str | None:

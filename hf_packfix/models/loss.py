@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_packfix.models.configuration_recurrent import RecurrentConfig
-from hf_packfix.models.steps import Steps, align, previous_rows, real_steps
-from hf_packfix.packing.packed import PackedSequence, batch_size, with_data
+from hf_packfix.models.steps import Steps, previous_rows, real_steps
+from hf_packfix.packing.jagged import to_jagged
+from hf_packfix.packing.packed import PackedSequence, batch_size, same_packing, with_data
 
 IGNORED = -100
 
@@ -31,10 +32,19 @@ def step_labels(labels: Steps, logits: Steps, attention_mask: Steps | None = Non
         ValueError: one is packed and the other is not, or their shapes or lengths differ.
     """
     if isinstance(labels, PackedSequence) and isinstance(logits, PackedSequence):
-        return align(labels, logits, "packed labels")
+        if same_packing(labels, logits):
+            return labels
+        values, found = to_jagged(labels)
+        rows = torch.arange(len(logits.data), device=logits.data.device)
+        places, expected = to_jagged(with_data(logits, rows))
+        if not torch.equal(found, expected):
+            raise ValueError(
+                f"packed labels must have the lengths of the inputs, {expected.tolist()}, found {found.tolist()}"
+            )
+        return with_data(logits, torch.empty_like(values).index_copy(0, places.to(values.device), values))
     if isinstance(labels, PackedSequence) or isinstance(logits, PackedSequence):
-        found, expected = ("packed", "padded") if isinstance(labels, PackedSequence) else ("padded", "packed")
-        raise ValueError(f"labels must be {expected} as the inputs are, found {found} labels")
+        layout, other = ("packed", "padded") if isinstance(labels, PackedSequence) else ("padded", "packed")
+        raise ValueError(f"labels must be {other} as the inputs are, found {layout} labels")
     if labels.shape != logits.shape[:2]:
         raise ValueError(f"labels must have one label a step, {list(logits.shape[:2])}, found {list(labels.shape)}")
     real = real_steps(attention_mask, labels)

@@ -13,8 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hf_packfix.packing.jagged import to_jagged
-from hf_packfix.packing.packed import PackedSequence, batch_size, move_without_waiting, same_packing, with_data
+from hf_packfix.packing.packed import PackedSequence, batch_size, move_without_waiting, with_data
 
 Steps: TypeAlias = Tensor | PackedSequence
 
@@ -82,19 +81,3 @@ def previous_rows(packed: PackedSequence) -> Tensor:
     sizes = packed.batch_sizes
     rows = torch.arange(batch_size(packed), packed.data.shape[0], device="cpu")
     return move_without_waiting(rows - sizes[:-1].repeat_interleave(sizes[1:]), packed.data.device)
-
-
-def align(packed: PackedSequence, like: PackedSequence, name: str) -> PackedSequence:
-    """Return ``packed`` with its rows in the order of ``like``.
-
-    Raises:
-        ValueError: ``name`` does not have the lengths of ``like``.
-    """
-    if same_packing(packed, like):
-        return packed
-    values, found = to_jagged(packed)
-    rows = torch.arange(len(like.data), device=like.data.device)
-    places, expected = to_jagged(with_data(like, rows))
-    if not torch.equal(found, expected):
-        raise ValueError(f"{name} must have the lengths of the inputs, {expected.tolist()}, found {found.tolist()}")
-    return with_data(like, torch.empty_like(values).index_copy(0, places.to(values.device), values))

@@ -314,10 +314,11 @@ def compute_loss(original: Function, self: Any, model: Any, inputs: Any, *args: 
     The original takes the labels out of the batch before it calls the model, and shifts them by one column if
     transformers lists the model's class as a causal language model.
     """
-    keeps_labels = self.label_smoother is not None or self.compute_loss_func is not None
+    if self.label_smoother is None and self.compute_loss_func is None:
+        return original(self, model, inputs, *args, **kwargs)
     # Only for models with `labels_in_loss`: what upstream does for others stays as it is.
     labels_in_loss = getattr(self.model, "labels_in_loss", None)
-    if keeps_labels and labels_in_loss is not None and _has_labels(inputs):
+    if labels_in_loss is not None and _has_labels(inputs):
         labels = inputs["labels"]
         if self.compute_loss_func is None:
             inputs = {**inputs, "labels": labels_in_loss(inputs)}
