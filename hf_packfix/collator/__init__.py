@@ -113,17 +113,16 @@ class DataCollatorForPackedSequence:
             for key, values in found.items()
             if key in named or not (values[0] is None or isinstance(values[0], str))
         }
-        packed = [
-            key
-            for key, values in columns.items()
-            if key in packed_keys or (key not in named and _steps(values[0]) is not None)
-        ]
         masks = columns.get("attention_mask")
         if masks is not None and "attention_mask" not in tensor_keys:
             self._cut(columns, masks, tensor_keys)
             if not self.keep_attention_mask:
                 del columns["attention_mask"]
-                packed = [key for key in packed if key != "attention_mask"]
+        packed = [
+            key
+            for key, values in columns.items()
+            if key in packed_keys or (key not in named and _steps(values[0]) is not None)
+        ]
         rows = list(range(len(features)))
         if self.empty == "drop":
             rows = _without_empty(columns, packed)

@@ -422,7 +422,7 @@ def prediction_step(original: Function, self: Any, model: Any, inputs: Any, *arg
         result = original(self, model, inputs, *args, **kwargs)
     if loop is not None:
         loop.note_outputs(inputs, result[1], outputs[0] if outputs else None)
-    _warn_of_dropped_indices(inputs, result)
+    _warn_of_dropped_indices(inputs, result[1])
     return result
 
 
@@ -468,9 +468,9 @@ def _warn_of_several_batch_sizes(inputs: Mapping[str, Any]) -> None:
         )
 
 
-def _warn_of_dropped_indices(inputs: Mapping[str, Any], result: Any) -> None:
+def _warn_of_dropped_indices(inputs: Mapping[str, Any], outputs: Any) -> None:
     """Warn if the model returned the packing of an input without its index tensors: its rows would be out of order."""
-    for output in packing.packed_in(result[1] if isinstance(result, tuple) and len(result) > 1 else None):
+    for output in packing.packed_in(outputs):
         for key, value in inputs.items():
             if (
                 packing.is_packed(value)
