@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from torch.nn.utils.rnn import PackedSequence
 
 
-def _lengths(packed: PackedSequence) -> Any:
-    return packing.lengths(packed).tolist()
-
-
 @around(
     "accelerate.utils.operations:find_batch_size",
     when=always,
@@ -56,7 +52,7 @@ def find_batch_size(original: Function, data: Any) -> Any:
     parameters=("data", "tensor_slice"),
     problem="silently slices the rows of data, which belong to many sequences",
     fix="takes whole sequences",
-    upstream_supports=lambda original: _lengths(original(probe.packed(), slice(1, 2))) == [2],
+    upstream_supports=lambda original: packing.lengths(original(probe.packed(), slice(1, 2))).tolist() == [2],
     silent="always",
 )
 def slice_tensors(original: Function, data: Any, tensor_slice: Any, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +88,7 @@ def slice_tensors(original: Function, data: Any, tensor_slice: Any, *args: Any, 
     parameters=("data", "dim"),
     problem="silently concatenates the fields of PackedSequences one by one",
     fix="concatenates their sequences",
-    upstream_supports=lambda original: _lengths(original([probe.packed(), probe.packed()])) == [1, 2, 1, 2],
+    upstream_supports=lambda original: packing.lengths(original([probe.packed()] * 2)).tolist() == [1, 2, 1, 2],
     silent="always",
 )
 def concatenate(original: Function, data: Any, dim: int = 0) -> Any:
