@@ -1,7 +1,7 @@
 """What is a cell's own: one step forward, one step backward, and what a step multiplies gradients by.
 
-Shapes: N rows, m rows in a chunk, b in a step, H hidden units, G gates. In the order of operations each cell follows
-torch's where infinite values and NaN would show another one.
+Shapes: N rows, b in a step, H hidden units, G gates. In the order of operations each cell follows torch's where
+infinite values and NaN would show another one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Cell:
     gates: int
     columns: int
 
-    def buffers(self, gates: Tensor, output: Tensor) -> list[Tensor]:
+    def buffers(self, gates: Tensor, output: Tensor, bias: Tensor | None) -> list[Tensor]:
         """Return what the forward fills for the backward, besides gates and output."""
         return []
 
@@ -42,10 +42,10 @@ class _Cell:
         return [output]
 
     def forward_views(self, gates: Tensor, output: Tensor, *buffers: Tensor) -> list[Tensor]:
-        """Return the tensors ``[m, *]`` of which ``forward`` gets the rows of a step."""
+        """Return the tensors ``[N, *]`` of which ``forward`` gets the rows of a step."""
         raise NotImplementedError
 
-    def forward(self, weight: Tensor, bias: Any, states: Any, *views: Tensor) -> Sequence[Tensor]:
+    def forward(self, weight: Tensor, states: Any, *views: Tensor) -> Sequence[Tensor]:
         """Run a step from the states ``[b, H]`` and return the new ones."""
         raise NotImplementedError
 
@@ -53,17 +53,22 @@ class _Cell:
         """Write what gradients are multiplied by; return the tensors of which ``backward`` gets the rows of a step."""
         raise NotImplementedError
 
-    def at(self, states: list[Tensor], size: int) -> Sequence[Tensor]:
-        """Return what ``backward`` works in, for steps of this size; the gradient of the hidden state first."""
-        return [states[0][:size]]
+    def at(self, states: list[Tensor], size: int) -> Any:
+        """Return what ``backward`` works in besides, for steps of this size."""
 
-    def backward(self, weight: Tensor, at: Any, *views: Tensor) -> None:
-        """Turn the gradients of states into those of the step before, and factors into gradients of the products."""
+    def backward(self, weight: Tensor, at: Any, hidden: Tensor, before: Tensor, *views: Tensor) -> None:
+        """Turn factors into gradients of the products, and add to those of the hidden state before.
+
+        ``hidden`` and ``before`` are the gradients of the hidden states after and before the step, ``[b, H]``.
+        """
         raise NotImplementedError
 
-    def product(self, gates: Tensor, before: Tensor, weight: Tensor, output: Tensor, *buffers: Tensor) -> Tensor:
-        """Return the input's product again, from what was saved."""
-        raise NotImplementedError
+    def product(self, gates: Tensor, hidden: Tensor) -> Tensor:
+        """Return the input's product again, from the gates and the hidden product."""
+        width = gates.shape[1] // self.gates
+        sums, tanh = torch.logit(gates), slice(2 * width, 3 * width)
+        torch.atanh(gates[:, tanh], out=sums[:, tanh])
+        return sums.clamp_(-_SATURATED, _SATURATED) - hidden
 
 
 class _LSTM(_Cell):
@@ -71,7 +76,7 @@ class _LSTM(_Cell):
 
     function, states, gates, columns = torch.lstm, 2, 4, 4
 
-    def buffers(self, gates: Tensor, output: Tensor) -> list[Tensor]:
+    def buffers(self, gates: Tensor, output: Tensor, bias: Tensor | None) -> list[Tensor]:
         return [torch.empty_like(output), torch.empty_like(output)]  # the cell states and their tanh
 
     def history(self, output: Tensor, *buffers: Tensor) -> list[Tensor]:
@@ -81,7 +86,7 @@ class _LSTM(_Cell):
         width = output.shape[1]
         return [gates, gates[:, : 2 * width], *gates.split(width, 1), *buffers, output]
 
-    def forward(self, weight: Tensor, bias: Any, states: Any, *views: Tensor) -> Sequence[Tensor]:
+    def forward(self, weight: Tensor, states: Any, *views: Tensor) -> Sequence[Tensor]:
         hidden, cell = states
         gates, sigmoids, in_gate, forget_gate, tanh, out_gate, new_cell, squashed, new = views
         gates.addmm_(hidden, weight)
@@ -110,22 +115,17 @@ class _LSTM(_Cell):
         through_tanh = torch.addcmul(out_gate, out_gate, square, value=-1, out=square)
         return [factors, factors.view(-1, 4, width)[:, :3], out_factor, through_tanh, forget_gate]
 
-    def at(self, states: list[Tensor], size: int) -> Sequence[Tensor]:
-        hidden, cell = states[0][:size], states[1][:size]
-        return hidden, cell, cell.unsqueeze(1)
+    def at(self, states: list[Tensor], size: int) -> Any:
+        cell = states[1][:size]
+        return cell, cell.unsqueeze(1)
 
-    def backward(self, weight: Tensor, at: Any, *views: Tensor) -> None:
-        (hidden, cell, cell_of_gates), (gates, cell_gates, out_gate, through_tanh, forget_gate) = at, views
+    def backward(self, weight: Tensor, at: Any, hidden: Tensor, before: Tensor, *views: Tensor) -> None:
+        (cell, cell_of_gates), (gates, cell_gates, out_gate, through_tanh, forget_gate) = at, views
         cell.addcmul_(hidden, through_tanh)
         cell_gates.mul_(cell_of_gates)
         out_gate.mul_(hidden)
         cell.mul_(forget_gate)
-        torch.mm(gates, weight, out=hidden)
-
-    def product(self, gates: Tensor, before: Tensor, weight: Tensor, output: Tensor, *buffers: Tensor) -> Tensor:
-        totals, tanh = torch.logit(gates), slice(2 * output.shape[1], 3 * output.shape[1])
-        torch.atanh(gates[:, tanh], out=totals[:, tanh])
-        return totals.clamp_(-_SATURATED, _SATURATED) - before @ weight
+        before.addmm_(gates, weight)
 
 
 class _GRU(_Cell):
@@ -133,20 +133,18 @@ class _GRU(_Cell):
 
     function, gates, columns = torch.gru, 3, 4
 
-    def buffers(self, gates: Tensor, output: Tensor) -> list[Tensor]:
-        return [torch.empty_like(gates)]  # the hidden product with its bias
+    def buffers(self, gates: Tensor, output: Tensor, bias: Tensor | None) -> list[Tensor]:
+        # The hidden product with its bias.
+        return [torch.zeros_like(gates) if bias is None else bias.repeat(len(gates), 1)]
 
     def forward_views(self, gates: Tensor, output: Tensor, *buffers: Tensor) -> list[Tensor]:
         (hidden,), width = buffers, output.shape[1]
         both, hidden_both = gates[:, : 2 * width], hidden[:, : 2 * width]
         return [hidden, hidden_both, hidden[:, 2 * width :], both, *gates.split(width, 1), output]
 
-    def forward(self, weight: Tensor, bias: Any, states: Any, *views: Tensor) -> Sequence[Tensor]:
+    def forward(self, weight: Tensor, states: Any, *views: Tensor) -> Sequence[Tensor]:
         (before,), (hidden, hidden_both, hidden_new, both, reset, update, new, state) = states, views
-        if bias is None:
-            torch.mm(before, weight, out=hidden)
-        else:
-            torch.addmm(bias, before, weight, out=hidden)
+        hidden.addmm_(before, weight)
         both.add_(hidden_both).sigmoid_()
         new.addcmul_(reset, hidden_new).tanh_()
         torch.sub(before, new, out=state)
@@ -167,25 +165,23 @@ class _GRU(_Cell):
         update_factor.mul_(befores[0] - new)
         return [factors[:, : 3 * width], factors.view(-1, 4, width)[:, :2], update_factor, new_factor, update]
 
-    def at(self, states: list[Tensor], size: int) -> Sequence[Tensor]:
-        hidden = states[0][:size]
-        of_new = torch.empty_like(hidden)
-        return hidden, torch.empty_like(hidden), of_new, of_new.unsqueeze(1)
+    def at(self, states: list[Tensor], size: int) -> Any:
+        of_new = torch.empty_like(states[0][:size])
+        return torch.empty_like(of_new), of_new, of_new.unsqueeze(1)
 
-    def backward(self, weight: Tensor, at: Any, *views: Tensor) -> None:
-        (hidden, kept, of_new, of_both), (product, both, update_gate, new_gate, update) = at, views
+    def backward(self, weight: Tensor, at: Any, hidden: Tensor, before: Tensor, *views: Tensor) -> None:
+        (kept, of_new, of_both), (product, both, update_gate, new_gate, update) = at, views
         torch.mul(hidden, update, out=kept)
         torch.sub(hidden, kept, out=of_new)  # not times 1 - update: of an infinite gradient torch makes NaN
         both.mul_(of_both)
         update_gate.mul_(hidden)
         new_gate.mul_(of_new)
-        torch.addmm(kept, product, weight, out=hidden)
+        before.add_(kept).addmm_(product, weight)
 
-    def product(self, gates: Tensor, before: Tensor, weight: Tensor, output: Tensor, *buffers: Tensor) -> Tensor:
-        totals, hidden, new = torch.logit(gates), buffers[0].clone(), slice(2 * output.shape[1], None)
-        torch.atanh(gates[:, new], out=totals[:, new])
-        hidden[:, new] *= gates[:, : output.shape[1]]
-        return totals.clamp_(-_SATURATED, _SATURATED) - hidden
+    def product(self, gates: Tensor, hidden: Tensor) -> Tensor:
+        width = gates.shape[1] // 3
+        hidden[:, 2 * width :] *= gates[:, :width]
+        return super().product(gates, hidden)
 
 
 class _Tanh(_Cell):
@@ -197,17 +193,17 @@ class _Tanh(_Cell):
     def forward_views(self, gates: Tensor, output: Tensor, *buffers: Tensor) -> list[Tensor]:
         return [gates]
 
-    def forward(self, weight: Tensor, bias: Any, states: Any, *views: Tensor) -> Sequence[Tensor]:
+    def forward(self, weight: Tensor, states: Any, *views: Tensor) -> Sequence[Tensor]:
         return (self.activate(views[0].addmm_(states[0], weight)),)
 
     def backward_views(self, factors: Tensor, befores: list[Tensor], *saved: Tensor) -> list[Tensor]:
         return [torch.mul(*saved, out=factors).neg_().add_(1)]
 
-    def backward(self, weight: Tensor, at: Any, *views: Tensor) -> None:
-        torch.mm(views[0].mul_(at[0]), weight, out=at[0])
+    def backward(self, weight: Tensor, at: Any, hidden: Tensor, before: Tensor, *views: Tensor) -> None:
+        before.addmm_(views[0].mul_(hidden), weight)
 
-    def product(self, gates: Tensor, before: Tensor, weight: Tensor, output: Tensor, *buffers: Tensor) -> Tensor:
-        return torch.atanh(output).clamp_(-_SATURATED, _SATURATED) - before @ weight
+    def product(self, gates: Tensor, hidden: Tensor) -> Tensor:
+        return torch.atanh(gates).clamp_(-_SATURATED, _SATURATED) - hidden
 
 
 class _Relu(_Tanh):
@@ -219,16 +215,16 @@ class _Relu(_Tanh):
     def backward_views(self, factors: Tensor, befores: list[Tensor], *saved: Tensor) -> list[Tensor]:
         return [saved[0] <= 0, factors]
 
-    def at(self, states: list[Tensor], size: int) -> Sequence[Tensor]:
-        return states[0][:size], states[0].new_zeros(())
+    def at(self, states: list[Tensor], size: int) -> Any:
+        return states[0].new_zeros(())
 
-    def backward(self, weight: Tensor, at: Any, *views: Tensor) -> None:
-        (hidden, zero), (stops, factors) = at, views
-        torch.mm(torch.where(stops, zero, hidden, out=factors), weight, out=hidden)
+    def backward(self, weight: Tensor, at: Any, hidden: Tensor, before: Tensor, *views: Tensor) -> None:
+        stops, factors = views
+        before.addmm_(torch.where(stops, at, hidden, out=factors), weight)
 
-    def product(self, gates: Tensor, before: Tensor, weight: Tensor, output: Tensor, *buffers: Tensor) -> Tensor:
+    def product(self, gates: Tensor, hidden: Tensor) -> Tensor:
         # Well below 0 where the gradient stops: which side of it rounding ends on must not matter.
-        return output.masked_fill(output <= 0, -1.0) - before @ weight
+        return gates.masked_fill(gates <= 0, -1.0) - hidden
 
 
 #: By ``nn.RNNBase.mode``.

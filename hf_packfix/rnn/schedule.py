@@ -7,39 +7,15 @@ rows of step t.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Chunk", "Schedule"]
-
-
-class Chunk(NamedTuple):
-    """Consecutive steps, and the rows of ``data`` that they have.
-
-    Attributes:
-        start: the first row.
-        stop: one past the last row.
-        sizes: the number of rows of each step, in the order of ``data``.
-    """
-
-    start: int
-    stop: int
-    sizes: list[int]
-
-    def steps(self, tensors: Sequence[Tensor], *, backwards: bool) -> Iterator[tuple[Any, ...]]:
-        """Return for every step its size b and its rows ``[b, *]`` of each tensor ``[m, *]`` of the chunk.
-
-        One call makes the views of a tensor for all steps; an index for each would take longer than a small step.
-        """
-        views: list[Sequence[Any]] = [self.sizes, *(torch.split_with_sizes(tensor, self.sizes) for tensor in tensors)]
-        if backwards:
-            views = [view[::-1] for view in views]
-        return zip(*views, strict=True)
+__all__ = ["Schedule"]
 
 
 class Schedule:
@@ -59,88 +35,55 @@ class Schedule:
         self.sizes = sizes
         self.sequences = sizes[0]
         self.rows = sum(sizes)
-        self._kept: dict[str, Tensor] = {}
 
-    def chunks(self, rows: int, *, backwards: bool) -> Iterator[Chunk]:
-        """Yield all steps in chunks of about so many rows, from the last step to the first if ``backwards``.
+    def steps(self, tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+        """Return for every step its size b and its rows ``[b, *]`` of each tensor ``[N, *]``.
 
-        A chunk ends with the step that reaches ``rows``; every chunk has at least one step.
+        One call makes the views of a tensor for all steps; an index for each would take longer than a small step.
         """
-        bounds = [0]
-        starts = [0]
-        total = counted = 0
-        for step, size in enumerate(self.sizes, 1):
-            total += size
-            counted += size
-            if counted >= rows or step == len(self.sizes):
-                bounds.append(step)
-                starts.append(total)
-                counted = 0
-        order = range(len(bounds) - 1)
-        for index in reversed(order) if backwards else order:
-            yield Chunk(starts[index], starts[index + 1], self.sizes[bounds[index] : bounds[index + 1]])
+        views = [torch.unsafe_split_with_sizes(tensor, self.sizes) for tensor in tensors]
+        return list(zip(self.sizes, *views, strict=True))
 
-    def final_rows(self, reverse: bool) -> Tensor:
-        """Return the row in which each rank's state is final: int64 ``[B]``."""
-        return self._indices("_first_rows" if reverse else "_last_rows")
+    def states_before(self, states: Tensor, start: Tensor) -> Tensor:
+        """Return the state ``[N, *]`` that every row began from, where ``states`` are those after it.
 
-    def states_before(self, states: Tensor, start: Tensor, reverse: bool, chunk: Chunk | None = None) -> Tensor:
-        """Return the state ``[m, H]`` that every row of a chunk began from.
-
-        Args:
-            states: the state after every row, ``[N, H]``.
-            start: the initial state of every rank, ``[B, H]``.
-            reverse: whether the layer runs from the last step to the first.
-            chunk: the rows asked for; all by default.
+        ``start`` is the initial state of every rank, ``[B, *]``.
         """
-        before = self._indices("_rows_after" if reverse else "_rows_before")
-        if chunk is None or chunk.stop - chunk.start == self.rows:
-            return states.index_select(0, before).index_copy_(0, self.final_rows(not reverse), start)
-        result = states.index_select(0, before[chunk.start : chunk.stop])
-        first = self._last_rows if reverse else self._first_rows
-        ranks = ((first >= chunk.start) & (first < chunk.stop)).nonzero()[0]
-        if len(ranks):
-            result.index_copy_(0, _indices(first[ranks] - chunk.start), start.index_select(0, _indices(ranks)))
-        return result
+        before = states.index_select(0, self._rows_before)
+        before[: self.sequences] = start
+        return before
 
     @cached_property
-    def _first_rows(self) -> Any:
-        """The row of every rank's first step."""
-        return np.arange(self.sequences, dtype=np.int64)
+    def last_rows(self) -> Tensor:
+        """The row of every rank's last step: int64 ``[B]``."""
+        return _indices(self._first_row_of[self._lengths - 1] + np.arange(self.sequences))
 
     @cached_property
-    def _last_rows(self) -> Any:
-        """The row of every rank's last step."""
-        found: list[int] = []
-        start = self.rows
-        # As many sequences end with a step as there are fewer in the next one; those with the highest rank end first.
-        for size in reversed(self.sizes):
-            start -= size
-            if size > len(found):
-                found.extend(range(start + len(found), start + size))
-        return np.array(found, dtype=np.int64)
+    def turned(self) -> Tensor:
+        """For every row the one that takes its place if each sequence is turned around: int64 ``[N]``."""
+        steps = np.arange(len(self.sizes)).repeat(self.sizes)
+        ranks = np.arange(self.rows) - self._first_row_of[steps]
+        return _indices(self._first_row_of[self._lengths[ranks] - 1 - steps] + ranks)
 
-    @property
-    def _rows_before(self) -> Any:
+    @cached_property
+    def _rows_before(self) -> Tensor:
         """For every row the row of the same rank one step before; 0 for first steps."""
-        rows, counts = np.arange(self.rows, dtype=np.int64), np.array(self.sizes, dtype=np.int64)
+        rows, counts = np.arange(self.rows), np.array(self.sizes)
         rows[self.sequences :] -= counts[:-1].repeat(counts[1:])
         rows[: self.sequences] = 0
-        return rows
+        return _indices(rows)
 
-    @property
-    def _rows_after(self) -> Any:
-        """For every row the row of the same rank one step after; 0 for last steps."""
-        rows = np.arange(self.rows, dtype=np.int64) + np.array(self.sizes).repeat(self.sizes)
-        rows[self._last_rows] = 0
-        return rows
+    @cached_property
+    def _first_row_of(self) -> Any:
+        """The first row of every step."""
+        return np.cumsum([0, *self.sizes[:-1]])
 
-    def _indices(self, name: str) -> Tensor:
-        if name not in self._kept:
-            self._kept[name] = _indices(getattr(self, name))
-        return self._kept[name]
+    @cached_property
+    def _lengths(self) -> Any:
+        """The number of steps of every rank, which are those with more rows than ranks before it."""
+        return len(self.sizes) - np.searchsorted(self.sizes[::-1], np.arange(self.sequences), side="right")
 
 
 def _indices(rows: Any) -> Tensor:
     # `Tensor.numpy` would not do: torch before 2.3 cannot share memory with numpy 2.
-    return torch.frombuffer(rows, dtype=torch.int64)
+    return torch.frombuffer(rows.astype(np.int64), dtype=torch.int64)

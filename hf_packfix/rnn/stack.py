@@ -100,34 +100,16 @@ def _run_on_cpu(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the last layer's outputs ``[N, O]`` and the final states ``[L, B, H]``."""
     directions = 1 + bidirectional
-    needing = [index for index, weights in enumerate(cells) if any(weight.requires_grad for weight in weights)]
-    first = 0
-    if needing and not any(tensor.requires_grad for tensor in (data, *states)):
-        first = needing[0] - needing[0] % directions
+    starts = [state.unbind(0) for state in states]  # as torch does: its errors name it
     finals: list[list[Tensor]] = [[] for _ in states]
-    if first:  # Nothing below needs a gradient, and in inference torch's own loop is as fast or faster.
-        hx = [state[:first] for state in states]
-        data, *below = CELLS[mode].function(
-            data,
-            schedule.batch_sizes,
-            hx if mode == "LSTM" else hx[0],
-            [weight for weights in cells[:first] for weight in weights],
-            len(cells[0]) == 4,
-            first // directions,
-            dropout,
-            training,
-            bidirectional,
-        )
-        finals = [[*final.unbind(0)] for final in below]
-    starts = [state.unbind(0) for state in states]
-    for start in range(first, len(cells), directions):
+    for start in range(0, len(cells), directions):
         # As torch draws it: for all rows of data at once.
         if start and dropout and training:
             data = torch.dropout(data, dropout, True)
         outputs = []
         for index in range(start, start + directions):
-            initial = [state[index] for state in starts]
-            output, *final = _run_cell(mode, data, schedule, initial, cells[index], reverse=index > start)
+            order = schedule.turned if index > start else None
+            output, *final = _run_cell(mode, data, schedule, [state[index] for state in starts], cells[index], order)
             outputs.append(output)
             for all_finals, one in zip(finals, final, strict=True):
                 all_finals.append(one)
@@ -137,9 +119,17 @@ def _run_on_cpu(
 
 
 def _run_cell(
-    mode: str, data: Tensor, schedule: Schedule, states: list[Tensor], weights: Sequence[Tensor], *, reverse: bool
+    mode: str,
+    data: Tensor,
+    schedule: Schedule,
+    states: list[Tensor],
+    weights: Sequence[Tensor],
+    order: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Return the outputs ``[N, H]`` and the final states ``[B, H]`` of one layer and direction."""
+    """Return the outputs ``[N, H]`` and the final states ``[B, H]`` of one layer and direction.
+
+    ``order`` is that of the rows in sequences turned around, for the reverse direction.
+    """
     weight_ih, weight_hh, *biases = weights
     bias_ih, bias_hh = biases or (None, None)
     if bias_hh is None:
@@ -150,13 +140,28 @@ def _run_cell(
         # Their sum, such that each has a gradient of its own: that of `+` would be one tensor for both.
         bias, bias_hh = bias_ih - -bias_hh, None  # type: ignore[operator]
     gates = linear(data, weight_ih, bias)
+    if order is not None:
+        gates = _Turned.apply(gates, order)  # type: ignore[no-untyped-call]
     # torch saves a state only if something that it is multiplied with needs a gradient. Ours need it in any case.
     if not weight_hh.requires_grad:
         others = (gates, bias_hh, states[0])
         states[0] = states[0].clone()
         if mode == "LSTM" and not any(other is not None and other.requires_grad for other in others):
             states[1] = states[1].clone()
-    result: tuple[Tensor, ...] = Recurrence.apply(  # type: ignore[no-untyped-call]
-        CELLS[mode], schedule, reverse, gates, weight_hh.t(), bias_hh, *states
+    output, *finals = Recurrence.apply(  # type: ignore[no-untyped-call]
+        CELLS[mode], schedule, gates, weight_hh.t(), bias_hh, *states
     )
-    return result
+    return output if order is None else _Turned.apply(output, order), *finals  # type: ignore[no-untyped-call]
+
+
+class _Turned(torch.autograd.Function):
+    """``apply(rows, order)``: the rows ``[N, *]`` of sequences turned around; done twice, it is undone."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
+        ctx.order = order
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.index_select(0, ctx.order), None

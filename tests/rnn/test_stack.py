@@ -70,16 +70,12 @@ def test_results_and_gradients_are_those_of_torch(data):
     packed = new_packed([2, *lengths], inputs, is_sorted=draw(st.booleans()), dtype=dtype)
     packed.data.requires_grad_(not leaves(layer, packed)[1:] or draw(st.booleans()))
     state = new_state(layer, 1 + len(lengths)) if draw(st.booleans()) else None
-    with (
-        mock.patch("hf_packfix.rnn.recurrence._CHUNK_BYTES", 1),
-        mock.patch("hf_packfix.rnn.recurrence._FEWEST_ROWS", 4),
-    ):
-        assert_equal_to_torch(layer, packed, state)
+    assert_equal_to_torch(layer, packed, state)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_long_sequences_of_many_chunks(kind, bidirectional):
+def test_long_sequences(kind, bidirectional):
     layer = new_layer(kind, 16, 32, bidirectional=bidirectional, num_layers=2, dtype=torch.float32)
     packed = new_packed([300, 4, 55, 120, 30, 7, 30, 299], 16, dtype=torch.float32)
     assert_equal_to_torch(layer, packed, new_state(layer, 8))
