@@ -19,7 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
-from transformers import Trainer
 from transformers.trainer_pt_utils import (
     EvalLoopContainer,
     find_batch_size,
@@ -37,13 +36,10 @@ from tests.support.oracle import (
     PlainTagger,
     Row,
     Tagger,
-    assert_same_run,
+    count_items,
     new_trainer,
     packed_batch,
-    padded_batch,
     rows,
-    stock,
-    train,
 )
 from tests.support.packed_sequences import Pair
 from tests.support.reports import Stream
@@ -53,6 +49,21 @@ Sequences = list[list[int]]
 
 
 # --- any PackedSequence with one field spoilt -----------------------------------------------------------
+
+
+#: What is done to a field, given a number to draw: a place of the field, or a value.
+CHANGES: list[Callable[[Callable[..., int], torch.Tensor], torch.Tensor]] = [
+    lambda draw, field: field.index_fill(0, torch.tensor(draw(0, len(field) - 1)), draw(-2, 8)),
+    lambda draw, field: field[: draw(0, len(field) - 1)],
+    lambda draw, field: torch.cat([field, field.new_tensor([draw(-1, 6)])]),
+    lambda draw, field: field.roll(draw(1, 4)),
+]
+OF_DATA = [*CHANGES, lambda draw, field: field[0]]
+OF_OTHERS = [
+    *CHANGES,
+    lambda draw, field: field.to([torch.float32, torch.int32, torch.uint8, torch.bool][draw(0, 3)]),
+    lambda draw, field: [field[None], field[:, None], field[0]][draw(0, 2)],
+]
 
 
 def spoil(draw: Any, sequences: PackedSequence) -> PackedSequence:
@@ -67,41 +78,11 @@ def spoil(draw: Any, sequences: PackedSequence) -> PackedSequence:
     if field is None:
         fields[name] = torch.tensor(draw(st.permutations(range(packed.batch_size(sequences)))))
     else:
-        changes = [one_value, cut, longer, turned, *((scalar,) if name == "data" else (as_type, reshaped))]
-        fields[name] = draw(st.sampled_from(changes))(draw, field)
+        change = draw(st.sampled_from(OF_DATA if name == "data" else OF_OTHERS))
+        fields[name] = change(lambda *limits: draw(st.integers(*limits)), field)
         if name not in ("data", "batch_sizes") and draw(st.integers(0, 9)) == 0:
             fields[name] = None
     return PackedSequence._make(fields.values())
-
-
-def one_value(draw: Any, field: torch.Tensor) -> torch.Tensor:
-    spoilt = field.clone()
-    spoilt[draw(st.integers(0, len(field) - 1))] = draw(st.integers(-2, 8))
-    return spoilt
-
-
-def cut(draw: Any, field: torch.Tensor) -> torch.Tensor:
-    return field[: draw(st.integers(0, len(field) - 1))]
-
-
-def longer(draw: Any, field: torch.Tensor) -> torch.Tensor:
-    return torch.cat([field, torch.tensor([draw(st.integers(-1, 6))], dtype=field.dtype)])
-
-
-def turned(draw: Any, field: torch.Tensor) -> torch.Tensor:
-    return field.roll(draw(st.integers(1, 4)))
-
-
-def as_type(draw: Any, field: torch.Tensor) -> torch.Tensor:
-    return field.to(draw(st.sampled_from([torch.float32, torch.int32, torch.uint8, torch.bool])))
-
-
-def reshaped(draw: Any, field: torch.Tensor) -> torch.Tensor:
-    return field[draw(st.sampled_from([(None,), (slice(None), None), (0,)]))]
-
-
-def scalar(draw: Any, field: torch.Tensor) -> torch.Tensor:
-    return field[0]
 
 
 def read(packed: PackedSequence) -> Sequences | None:
@@ -256,25 +237,16 @@ def spoiling(key: str, fault: str) -> Callable[[Any], Any]:
     return collate
 
 
-@pytest.mark.parametrize("run", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize("run", ["train", "train on a stream", "evaluate", "predict"])
 @pytest.mark.parametrize("fault", SPOILT)
 @pytest.mark.parametrize(("model", "key"), [(Classifier, "input_ids"), (Tagger, "labels")], ids=["input", "labels"])
 def test_a_trainer_names_what_is_wrong(tmp_path, model, key, fault, run):
     data = rows(3, labels="row" if model is Classifier else "tokens", seed=2)
-    trainer = new_trainer(
-        tmp_path, model, data, spoiling(key, fault), options={"compute_metrics": lambda p: {"n": len(p.label_ids)}}
-    )
-    calls = {"train": trainer.train, "evaluate": trainer.evaluate, "predict": lambda: trainer.predict(data)}
-    with pytest.raises(ValueError, match="this PackedSequence is inconsistent") as caught:
-        calls[run]()
-    assert str(caught.value).startswith(f"'{key}' in the batch: ")
-
-
-@pytest.mark.parametrize("fault", SPOILT)
-def test_the_dispatcher_of_a_stream_names_what_is_wrong(tmp_path, fault):
-    trainer = new_trainer(tmp_path, Tagger, Stream(rows(6)), spoiling("input_ids", fault), max_steps=1)
-    with pytest.raises(ValueError, match=r"^'input_ids' in the batch: this PackedSequence is inconsistent"):
-        trainer.train()
+    train_on = Stream(data) if run == "train on a stream" else data
+    options = {"compute_metrics": lambda p: {"n": len(p.label_ids)}}
+    trainer = new_trainer(tmp_path, model, train_on, spoiling(key, fault), options=options, max_steps=1)
+    with pytest.raises(ValueError, match=f"^'{key}' in the batch: this PackedSequence is inconsistent"):
+        trainer.predict(data) if run == "predict" else getattr(trainer, run.split()[0])()
 
 
 @pytest.mark.parametrize("name", ["sorted_indices", "unsorted_indices"])
@@ -309,52 +281,6 @@ def test_indices_on_another_device_than_the_data_are_an_error_not_a_guess():
                 use(sequences._replace(**lost))
 
 
-def test_two_devices_in_one_batch_are_an_error(tmp_path):
-    def collate(features: Any) -> Any:
-        batch = packed_batch(features)
-        return {**batch, "labels": batch["labels"]._replace(data=batch["labels"].data.to("meta"))}
-
-    trainer = new_trainer(tmp_path, PlainTagger, rows(3), collate)
-    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-        trainer.train()
-    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-        trainer.evaluate()
-
-
-class OtherOrder(Tagger):
-    """Its packed logits hold sequences of one length in another order than its inputs."""
-
-    def forward(self, input_ids: Any = None, labels: Any = None, attention_mask: Any = None, **options: Any) -> Any:
-        result = super().forward(input_ids, labels, attention_mask, **options)
-        if isinstance(result.logits, PackedSequence):
-            sequences = unpack_sequence(result.logits)
-            order = sorted(range(len(sequences)), key=lambda row: (-len(sequences[row]), -row))
-            again = pack_sequence([sequences[row] for row in order])
-            result["logits"] = PackedSequence(again.data, again.batch_sizes, torch.tensor(order))
-        return result
-
-
-def even_rows() -> Any:
-    return [{key: value[:3] for key, value in row.items()} for row in rows(12) if len(row["labels"]) > 2]
-
-
-def test_logits_and_labels_in_different_orders_are_matched(tmp_path):
-    given: dict[str, Any] = {}
-
-    def metrics(name: str) -> dict[str, Any]:
-        return {"compute_metrics": lambda p: given.update({name: p}) or {}}
-
-    smoothed = {"label_smoothing_factor": 0.2}
-    found = train(tmp_path, OtherOrder, even_rows(), packed_batch, options=metrics("packed"), **smoothed)
-    found.trainer.evaluate()
-    with stock():
-        expected = train(tmp_path, Tagger, even_rows(), padded_batch, options=metrics("padded"), **smoothed)
-        expected.trainer.evaluate()
-    assert_same_run(found, expected)
-    assert (given["packed"].label_ids == given["padded"].label_ids).all()
-    np.testing.assert_allclose(given["packed"].predictions, given["padded"].predictions, rtol=1e-4, atol=1e-5)
-
-
 def test_data_that_requires_gradients_becomes_no_array():
     packed = pack_sequence([torch.ones(2), torch.ones(1)], enforce_sorted=False)
     packed.data.requires_grad_()
@@ -374,17 +300,13 @@ def test_a_packed_sequence_may_hold_no_sequence():
     without_order = PackedSequence(torch.ones(0, 2), torch.ones(0).long())
     full = pack_sequence([torch.ones(3, 2), torch.ones(1, 2)], enforce_sorted=False)
     for sequences in (empty, without_order):
-        assert hf_packfix.batch_size(sequences) == hf_packfix.num_tokens(sequences) == find_batch_size(sequences) == 0
-        assert hf_packfix.pad(sequences).shape == (0, 0, 2)
-        assert packed.lengths(sequences).tolist() == []
+        assert find_batch_size(sequences) == 0
         assert nested_numpify(sequences).shape == (0, 0, 2)
         both = jagged.concatenate([sequences, full, sequences])
         assert packed.lengths(both).tolist() == [3, 1]
         assert torch.equal(packed.pad(both), packed.pad(full))
         assert nested_concat(sequences, full).shape == (2, 3, 2)
         assert operations.gather(sequences).shape == (0, 0, 2)
-        with pytest.raises(IndexError):
-            torch.nn.GRU(2, 2)(sequences)
     with pytest.raises(ValueError, match=r"must be int64 \[0\], one a sequence"):
         hf_packfix.batch_size(empty._replace(sorted_indices=torch.tensor([0])))
 
@@ -424,36 +346,14 @@ def inconsistent(packed: PackedSequence) -> PackedSequence:
     return packed._replace(data=packed.data[:-1])
 
 
-# --- batches that are lists or tuples ---------------------------------------------------------------------
-
-
-class OfPositions(Trainer):
-    """Takes batches without keys."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        outputs = model(inputs[0], inputs[1])
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
-
-    def prediction_step(self, model, inputs, prediction_loss_only, **kwargs):
-        return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
-
-
-@pytest.mark.parametrize("run", ["train", "evaluate"])
-@pytest.mark.parametrize("spoilt", [0, 1])
-@pytest.mark.parametrize("kind", [list, tuple])
-def test_a_position_is_named(tmp_path, kind, spoilt, run):
-    def collate(features: list[Row]) -> Any:
-        values = list(packed_batch(features).values())
-        values[spoilt] = inconsistent(values[spoilt])
-        return kind(values)
-
-    trainer = new_trainer(tmp_path, PlainTagger, rows(3), collate, trainer=OfPositions)
-    with pytest.raises(ValueError, match=f"^position {spoilt} {INCONSISTENT}"):
-        getattr(trainer, run)()
-
-
-def test_what_is_named_in_other_batches():
+def test_keys_and_positions_are_named_in_batches_of_every_kind(tmp_path):
     packed = packed_batch(rows(3))["input_ids"]
+    trainer = new_trainer(tmp_path, PlainTagger, rows(3), packed_batch)
+    checks = [
+        trees.check_batch,
+        lambda batch: count_items(trainer, [batch]),
+        lambda batch: trainer.prediction_step(trainer.model, batch, True),
+    ]
     for batch, name in (
         ([packed, inconsistent(packed)], "position 1"),
         ((1, [{"deep": inconsistent(packed)}]), "position 1"),
@@ -461,8 +361,9 @@ def test_what_is_named_in_other_batches():
         ({"x": packed, "y": [inconsistent(packed)]}, "'y'"),
         ({"x": packed, 3: (inconsistent(packed),)}, "3"),
     ):
-        with pytest.raises(ValueError, match=f"^{name} {INCONSISTENT}"):
-            trees.check_batch(batch)
+        for check in checks:
+            with pytest.raises(ValueError, match=f"^{name} {INCONSISTENT}"):
+                check(batch)
     for find in (find_batch_size, operations.find_batch_size):
         for batch, name in (
             ({"x": inconsistent(packed)}, "'x'"),
