@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
-import hf_packfix.rnn
+import hf_packfix
 from hf_packfix import DataCollatorForPackedSequence
 
 PACKAGE = Path(hf_packfix.__file__).parent
@@ -35,7 +35,7 @@ def test_a_tensor_that_names_no_device_is_found():
 
 
 def test_every_tensor_of_the_package_names_its_device():
-    # In the code: torch turns `hf_packfix.rnn` off under any mode, and under a default device.
+    # In the code: torch's own layers run under any mode, such as a default device.
     paths = [path for path in PACKAGE.rglob("*.py") if not {*PROGRAMS, "docs"} & {*path.relative_to(PACKAGE).parts}]
     assert {path: lines for path in paths if (lines := unnamed(path.read_text(encoding="utf-8")))} == {}
 
@@ -62,22 +62,3 @@ def test_what_is_a_tensor_stays_on_its_device():
     elsewhere = torch.ones(3, device="meta").as_subclass(Subclass)
     batch = DataCollatorForPackedSequence()([{"input_ids": torch.ones(2, device="meta")}, {"input_ids": elsewhere}])
     assert batch["input_ids"].data.device.type == "meta"
-
-
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_our_layers_under_a_default_device(kind):
-    torch.manual_seed(0)
-    layer = getattr(hf_packfix.rnn, kind)(3, 4, num_layers=2)
-    values = [torch.randn(n, 3) for n in (9, 12, 7)]
-    packed = torch.nn.utils.rnn.pack_sequence(values, enforce_sorted=False)
-
-    def run() -> list[torch.Tensor]:
-        layer.zero_grad()
-        states, _ = layer(packed)
-        states.data.square().sum().backward()
-        return [states.data.detach(), *(parameter.grad.clone() for parameter in layer.parameters())]
-
-    expected = run()
-    with torch.device("meta"):
-        found = run()
-    torch.testing.assert_close(found, expected)

@@ -170,13 +170,11 @@ def test_a_gpu_copies_from_pinned_memory_while_the_program_goes_on(monkeypatch):
 # --- a training step ------------------------------------------------------------------------------------
 
 
-def config(**fields: Any) -> RecurrentConfig:
-    return RecurrentConfig("gru", vocab_size=VOCABULARY, hidden_size=8, num_labels=CLASSES, pad_token_id=0, **fields)
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 8, "pad_token_id": 0}
 
 
 def encoder_decoder() -> nn.Module:
-    fields = {"vocab_size": VOCABULARY, "hidden_size": 8, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-    return RecurrentEncoderDecoder(RecurrentEncoderDecoderConfig("lstm", **fields))
+    return RecurrentEncoderDecoder(RecurrentEncoderDecoderConfig("lstm", **SIZES, eos_token_id=1, bos_token_id=2))
 
 
 def new_model(kind: Any) -> nn.Module:
@@ -184,7 +182,8 @@ def new_model(kind: Any) -> nn.Module:
         return encoder_decoder()
     if kind is Tagger:
         return Tagger(Tagger.config_class())
-    return kind(config(bidirectional=kind is RecurrentForTokenClassification))
+    bidirectional = kind is RecurrentForTokenClassification
+    return kind(RecurrentConfig("gru", **SIZES, num_labels=CLASSES, bidirectional=bidirectional))
 
 
 @pytest.fixture

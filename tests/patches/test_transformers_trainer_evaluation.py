@@ -14,7 +14,7 @@ import torch.distributed.utils
 from accelerate.utils import operations
 from packaging.version import Version
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from hf_packfix.packing import jagged
@@ -26,18 +26,18 @@ from tests.support.oracle import (
     PlainTagger,
     Tagger,
     TupleTagger,
-    assert_same_run,
+    accuracy,
+    assert_training_equals_padded,
     by_length,
     compiles,
     counted_samples,
-    new_model,
+    logged,
     new_trainer,
     packed_batch,
     padded_batch,
     rows,
     sorted_packed_batch,
     stock,
-    train,
     transformers_from,
 )
 from tests.support.reports import (
@@ -88,22 +88,19 @@ class PaddedLabels(Tagger):
 
     def forward(self, input_ids=None, labels=None, attention_mask=None, **kwargs):
         if isinstance(input_ids, PackedSequence) and labels is not None:
-            flat = labels[labels != -1000]
             real = torch.arange(labels.shape[1]) < packing.lengths(input_ids)[:, None]
             flat = jagged.from_jagged(labels[real], packing.lengths(input_ids))
             return super().forward(input_ids, flat, attention_mask, **kwargs)
         return super().forward(input_ids, labels, attention_mask, **kwargs)
 
 
-def test_packed_labels_beside_padded_logits_are_reported_alike(tmp_path):
-    assert_evaluation_equals_padded(tmp_path, PaddedLogits, rows())
-
-
-def test_packed_logits_beside_padded_labels_are_reported_alike(tmp_path):
+@pytest.mark.parametrize("model", [PaddedLogits, PaddedLabels])
+def test_packed_beside_padded_logits_or_labels_are_reported_alike(tmp_path, model):
     def collate(features):
-        return {**packed_batch(features), "labels": padded_batch(features)["labels"]}
+        labels = (padded_batch if model is PaddedLabels else packed_batch)(features)["labels"]
+        return {**packed_batch(features), "labels": labels}
 
-    assert_evaluation_equals_padded(tmp_path, PaddedLabels, rows(), packed=collate)
+    assert_evaluation_equals_padded(tmp_path, model, rows(), packed=collate)
 
 
 class TwoTargets(Tagger):
@@ -218,15 +215,6 @@ class OwnPredictionStep(Trainer):
         return outputs["loss"], outputs["logits"], inputs["labels"]
 
 
-class OwnLoss(Trainer):
-    """Overrides the loss, on whatever kind of batch."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
-        loss = 2 * outputs["loss"]
-        return (loss, outputs) if return_outputs else loss
-
-
 class OwnStepWithSuper(Trainer):
     def prediction_step(self, *args, **kwargs):
         loss, logits, labels = super().prediction_step(*args, **kwargs)
@@ -255,7 +243,7 @@ class OwnLoop(Trainer):
         return EvalLoopOutput(everything.predictions, everything.label_ids, metrics, count)
 
 
-@pytest.mark.parametrize("trainer", [OwnPredictionStep, OwnLoss, OwnStepWithSuper, OwnLoop])
+@pytest.mark.parametrize("trainer", [OwnPredictionStep, OwnStepWithSuper, OwnLoop])
 def test_subclasses_are_served(tmp_path, trainer):
     assert_evaluation_equals_padded(tmp_path, Tagger, rows(), trainer=trainer)
 
@@ -263,73 +251,29 @@ def test_subclasses_are_served(tmp_path, trainer):
 # --- evaluation while training --------------------------------------------------------------------------
 
 
-class KeepMetrics(TrainerCallback):
-    def __init__(self) -> None:
-        self.seen: list[dict[str, float]] = []
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self.seen.append({k: v for k, v in metrics.items() if k in ("eval_loss", "eval_accuracy")})
-
-
 def test_best_model_and_early_stopping_are_those_of_the_padded_run(tmp_path):
-    def run(directory, collate):
-        keep = KeepMetrics()
-        result = train(
-            directory,
-            Tagger,
-            rows(),
-            collate,
-            options={"compute_metrics": Recorder(), "callbacks": [keep, EarlyStoppingCallback(1)]},
-            eval_strategy="steps",
-            eval_steps=2,
-            save_strategy="steps",
-            save_steps=2,
-            load_best_model_at_end=True,
-            metric_for_best_model="accuracy",
-            num_train_epochs=8,
-            learning_rate=0.2,
-        )
-        return result, keep.seen
-
-    found, seen = run(tmp_path / "packed", packed_batch)
-    with stock():
-        expected, also_seen = run(tmp_path / "padded", padded_batch)
-    assert_same_run(found, expected, tolerance=1e-4)
-    assert len(seen) == len(also_seen) > 1
-    for left, right in zip(seen, also_seen, strict=True):
+    found, expected = assert_training_equals_padded(
+        tmp_path,
+        Tagger,
+        rows(),
+        tolerance=1e-4,
+        options={"compute_metrics": accuracy, "callbacks": [EarlyStoppingCallback(1)]},
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        num_train_epochs=8,
+        learning_rate=0.2,
+    )
+    evaluated = [[entry for entry in logged(run.trainer) if "eval_loss" in entry] for run in (found, expected)]
+    assert len(evaluated[0]) == len(evaluated[1]) > 1
+    for left, right in zip(*evaluated, strict=True):
         assert left == pytest.approx(right, rel=1e-4)
     assert found.state.best_metric == pytest.approx(expected.state.best_metric)
     assert found.state.global_step == expected.state.global_step < 40  # it did stop early
     assert found.state.best_model_checkpoint.split("-")[-1] == expected.state.best_model_checkpoint.split("-")[-1]
-
-
-def test_a_hyperparameter_search_finds_what_the_padded_one_finds(tmp_path):
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-    def search(directory, collate):
-        trainer = new_trainer(directory, Tagger, rows(), collate, options={"model_init": None}, eval_strategy="epoch")
-        trainer.model_init = lambda trial=None: new_model(Tagger)
-        trainer.compute_metrics = Recorder()
-        values = []
-        best = trainer.hyperparameter_search(
-            hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 0.01, 0.1)},
-            compute_objective=lambda metrics: values.append(metrics["eval_loss"]) or metrics["eval_loss"],
-            n_trials=2,
-            direction="minimize",
-            backend="optuna",
-            sampler=optuna.samplers.RandomSampler(seed=0),
-        )
-        return best, values
-
-    best, values = search(tmp_path / "packed", packed_batch)
-    with stock():
-        expected, also = search(tmp_path / "padded", padded_batch)
-    assert best.run_id == expected.run_id
-    assert best.hyperparameters == expected.hyperparameters
-    assert values == pytest.approx(also, rel=1e-4)
-    assert best.objective == pytest.approx(expected.objective, rel=1e-4)
 
 
 # --- what would be wrong in silence ---------------------------------------------------------------------
@@ -428,9 +372,6 @@ def test_keys_with_different_numbers_of_rows_are_not_cut():
     batch["words"] = torch.ones(4, 2)
     del batch["temperature"]  # which accelerate cannot cut
     assert operations.slice_tensors(batch, slice(0, 2))["words"].shape == (2, 2)
-
-
-# --- the public helpers ---------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not compiles(), reason="this torch does not compile here")
