@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 
 import pytest
 
-from tests.support.interpreters import TRAINS, execute, python, train
+from tests.support.interpreters import TRAINS, execute, train
 
 pytestmark = pytest.mark.slow  # starts many processes
 
@@ -59,46 +58,41 @@ assert len(changed) > 20, changed
 """
 
 
-def test_ordinary_training_does_not_notice_others_toggling():
-    train(
-        THREADS
-        + """
+#: What is trained, and what other threads call meanwhile.
+TOGGLES = {
+    "padded": """
 def toggle():
     hf_packfix.enable()
     hf_packfix.disable()
-
-found, toggles = together(16, toggle, [build(padded_batch, epochs=6) for _ in range(4)])
-assert toggles >= 16, toggles
-for each in found:
-    assert each == expected, (each, expected)  # to the last bit
-hf_packfix.disable()
-assert all(targets()[name] is originals[name] for name in originals)
-assert not hf_packfix.is_enabled()
-hf_packfix.enable()
-for name in changed:
-    assert targets()[name].__wrapped__ is originals[name], name  # wrapped, and once
-assert hf_packfix.is_enabled()
-close(losses(build(packed_batch, epochs=6)), expected)
-"""
-    )
-
-
-def test_packed_training_does_not_notice_others_enabling():
-    train(
-        THREADS
-        + """
-alone = losses(build(packed_batch, epochs=6))
-close(alone, expected)
+""",
+    "packed": """
 def toggle():
     hf_packfix.enable()
     assert hf_packfix.is_enabled()
     assert hf_packfix.status().enabled
+""",
+}
 
-found, toggles = together(16, toggle, [build(packed_batch, epochs=6) for _ in range(4)])
+
+@pytest.mark.parametrize("layout", TOGGLES)
+def test_training_does_not_notice_others_toggling(layout):
+    train(
+        THREADS
+        + TOGGLES[layout]
+        + f"""
+alone = losses(build({layout}_batch, epochs=6))
+close(alone, expected)
+found, toggles = together(16, toggle, [build({layout}_batch, epochs=6) for _ in range(4)])
 assert toggles >= 16, toggles
 for each in found:
     assert each == alone, (each, alone)  # to the last bit
-assert all(targets()[name] is wrapped[name] for name in wrapped)
+hf_packfix.disable()
+assert targets() == originals
+assert not hf_packfix.is_enabled()
+hf_packfix.enable()
+assert targets() == wrapped
+assert hf_packfix.is_enabled()
+close(losses(build(packed_batch, epochs=6)), expected)
 """
     )
 
@@ -107,7 +101,7 @@ assert all(targets()[name] is wrapped[name] for name in wrapped)
 def test_a_fork_while_another_thread_holds_the_lock():
     printed = train(
         """
-        import os, signal
+        import multiprocessing
         from hf_packfix.activation.control import state
         held, done = threading.Event(), threading.Event()
         def hold():
@@ -116,19 +110,18 @@ def test_a_fork_while_another_thread_holds_the_lock():
                 done.wait()
         threading.Thread(target=hold, daemon=True).start()
         held.wait()
-        child = os.fork()
-        if child == 0:
-            signal.alarm(60)  # a deadlock ends the child
+        def child():
             hf_packfix.status()
             hf_packfix.enable()
             hf_packfix.disable()
             assert not hf_packfix.is_enabled()
             hf_packfix.enable()
             losses(build(packed_batch))
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
+        process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
+        process.start()
+        process.join(60)
         done.set()
-        assert status == 0, status
+        assert process.exitcode == 0, process.exitcode
         assert hf_packfix.is_enabled()  # the parent is as it was
         print("done")
         """
@@ -141,74 +134,33 @@ def test_children_forked_while_threads_toggle_can_toggle():
     train(
         THREADS
         + """
-import os, signal
+import multiprocessing
 stop = threading.Event()
 def keep_toggling():
     while not stop.is_set():
         hf_packfix.enable()
         hf_packfix.disable()
-threads = [threading.Thread(target=keep_toggling) for _ in range(4)]
+threads = [threading.Thread(target=keep_toggling, daemon=True) for _ in range(4)]
 for thread in threads:
     thread.start()
-statuses = []
+
+def child():  # the fork may have caught a thread in the middle of a change
+    hf_packfix.enable()
+    assert hf_packfix.is_enabled()
+    assert all(targets()[name].__wrapped__ is originals[name] for name in changed)
+    hf_packfix.disable()
+    assert targets() == originals
+
 for _ in range(30):
-    child = os.fork()
-    if child == 0:
-        # The fork may have caught a thread in the middle of a change.
-        signal.alarm(60)
-        code = 1
-        try:
-            hf_packfix.enable()
-            assert hf_packfix.is_enabled()
-            assert all(targets()[name].__wrapped__ is originals[name] for name in changed)
-            hf_packfix.disable()
-            assert all(targets()[name] is originals[name] for name in originals)
-            code = 0
-        finally:
-            os._exit(code)
-    statuses.append(os.waitpid(child, 0)[1])
+    process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0, process.exitcode
 stop.set()
 for thread in threads:
     thread.join()
-assert statuses == [0] * 30, statuses
 """
     )
-
-
-@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
-def test_a_child_trains_on_packed_sequences(tmp_path, method):
-    # From a file, which `spawn` imports again: that is where the child is activated.
-    program = tmp_path / "program.py"
-    program.write_text(
-        """
-import sys
-import hf_packfix
-import multiprocessing, torch
-from tests.support.oracle import PlainTagger, packed_batch, padded_batch, rows, train
-
-def child(queue, expected, folder):
-    torch.set_num_threads(1)
-    assert hf_packfix.is_enabled()
-    run = train(folder, PlainTagger, rows(6), packed_batch, num_train_epochs=1)
-    torch.testing.assert_close(run.losses, expected, rtol=2e-5, atol=2e-5)
-    queue.put(len(run.losses))
-
-if __name__ == "__main__":
-    folder, method = sys.argv[1:]
-    torch.set_num_threads(1)
-    expected = train(folder, PlainTagger, rows(6), padded_batch, num_train_epochs=1).losses
-    context = multiprocessing.get_context(method)
-    queue = context.SimpleQueue()
-    process = context.Process(target=child, args=(queue, expected, folder))
-    process.start()
-    process.join(200)
-    assert process.exitcode == 0, process.exitcode
-    assert queue.get() == len(expected) == 2
-"""
-    )
-    # Of its own, so that a hanging child is a failure and not a hanging test.
-    result = python(program, tmp_path, method)
-    assert result.returncode == 0, result.stderr
 
 
 # --- imports in threads ---------------------------------------------------------------------------------

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 
 import pytest
 
 from tests.support.future import Edit, release
-from tests.support.interpreters import environment
+from tests.support.interpreters import environment, python
 from tests.tools import tomorrow
 
 pytestmark = pytest.mark.slow  # starts many processes
@@ -108,12 +106,10 @@ FUTURES = {
 }
 
 
-def run(directory, future, code, *options, **variables):
+def run(directory, future, *arguments, **variables):
     folder = release(directory / "future", future.package, future.edits)
-    env = environment() | variables
-    env["PYTHONPATH"] = os.pathsep.join([str(folder), env["PYTHONPATH"]])
-    command = [sys.executable, *options, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=280, check=False, cwd=directory)
+    path = os.pathsep.join([str(folder), environment()["PYTHONPATH"]])
+    return python(*arguments, env={"PYTHONPATH": path, **variables}, cwd=directory)
 
 
 def assert_each_has(found, words):
@@ -150,7 +146,7 @@ def test_warnings_as_errors_never_break_a_program(tmp_path, name, automatic):
     variables = {"HF_PACKFIX": "1"} if automatic else {}
     if automatic:  # what the start-up files do
         code = f"import _hf_packfix_boot; _hf_packfix_boot.start(); {code}"
-    done = run(tmp_path, FUTURES[name], code, "-W", "error", **variables)
+    done = run(tmp_path, FUTURES[name], "-W", "error", "-c", code, **variables)
     assert (done.returncode, done.stdout) == (0, "ran True\n"), done.stderr
     assert ("hf_packfix" in done.stderr) == bool(FUTURES[name].warnings), done.stderr
 
@@ -166,9 +162,7 @@ def test_warnings_as_errors_never_break_a_program(tmp_path, name, automatic):
 def test_a_warning_points_at_the_line_of_the_user(tmp_path, program, line):
     path = tmp_path / "program.py"
     path.write_text(program)
-    done = run(
-        tmp_path, FUTURES["a parameter added to _prepare_input"], f"import runpy; runpy.run_path({str(path)!r})"
-    )
+    done = run(tmp_path, FUTURES["a parameter added to _prepare_input"], path)
     (warning,) = [text for text in done.stderr.splitlines() if "HFPackfixWarning" in text]
     assert warning.startswith(f"{path}:{line}: HFPackfixWarning: ")
 

@@ -29,18 +29,13 @@ def check():
     loaded = {target for target in states if target.partition(":")[0] in sys.modules}
     assert loaded and not [target for target in loaded if states[target] == "pending"], hf_packfix.status()
     assert "applied" in states.values() and hf_packfix.is_enabled()
-"""
-TRAIN = """
+
 def use():
-    import tempfile, torch
-    from transformers import Trainer
-    from tests.support.oracle import Tagger, arguments, new_model, packed_batch, rows
-    data = rows(4)
-    trainer = Trainer(new_model(Tagger), arguments(tempfile.mkdtemp(), max_steps=1), train_dataset=data,
-                      data_collator=packed_batch, eval_dataset=data)
-    trainer.train()
-    assert Trainer._prepare_input.__wrapped__
-    trainer.evaluate()
+    import tempfile
+    from tests.support import oracle
+    run = oracle.train(tempfile.mkdtemp(), oracle.Tagger, oracle.rows(4), oracle.packed_batch, max_steps=1)
+    assert type(run.trainer)._prepare_input.__wrapped__
+    run.trainer.evaluate()
 """
 PACKAGES = [
     "'torch'",
@@ -52,10 +47,6 @@ PACKAGES = [
 ALL = ", ".join(["'torch'", "'accelerate'", "'transformers'"])
 
 
-def run(code: str) -> None:
-    execute(FINDER + TRAIN + code)
-
-
 #: What applies the patches that are pending: a use of the Trainer, or a question.
 APPLIES = {"use": "use()", "status": "from transformers import Seq2SeqTrainer, BatchFeature"}
 
@@ -63,12 +54,11 @@ APPLIES = {"use": "use()", "status": "from transformers import Seq2SeqTrainer, B
 # A finder that answers for all of them leaves no hook of ours that a use could run.
 @pytest.mark.parametrize(("packages", "by"), [*itertools.product(PACKAGES, APPLIES), (ALL, "status")])
 def test_a_use_of_the_trainer_and_the_status_apply_what_is_pending(packages, by):
-    run(f"import hf_packfix\nanswer_for({packages})\n{APPLIES[by]}\ncheck()")
+    execute(f"{FINDER}\nimport hf_packfix\nanswer_for({packages})\n{APPLIES[by]}\ncheck()")
 
 
-def test_asking_whether_it_is_enabled_applies_what_is_pending():
-    run(
-        f"""
+PROGRAMS = {
+    "asking whether it is enabled applies what is pending": f"""
 import hf_packfix
 answer_for({ALL})
 from transformers import Trainer
@@ -76,27 +66,17 @@ assert not hasattr(Trainer._prepare_input, "__wrapped__")
 assert hf_packfix.is_enabled()
 assert Trainer._prepare_input.__wrapped__
 use()
-"""
-    )
-
-
-def test_a_trainer_that_is_loaded_after_everything_else():
-    """Its module is the first that their finder loads, and no hook runs after it."""
-    run(
-        """
+""",
+    # Its module is the first that their finder loads, and no hook runs after it.
+    "a trainer that is loaded after everything else": """
 import hf_packfix
 import accelerate, transformers.trainer_pt_utils, transformers.trainer_utils, transformers.feature_extraction_utils
 answer_for("transformers.trainer", "transformers.trainer_seq2seq")
 from transformers import Seq2SeqTrainer
 use()
 check()
-"""
-    )
-
-
-def test_a_module_that_is_being_imported_is_not_judged():
-    run(
-        """
+""",
+    "a module that is being imported is not judged": """
 import hf_packfix, torch, wrapt
 answer_for("transformers.trainer")
 seen = {}
@@ -113,13 +93,8 @@ assert seen["half"] and seen["enabled"], seen
 state, detail = seen["transformers.trainer:Trainer._prepare_input"]
 assert state == "pending" and detail == "the module is being imported", (state, detail)
 check()
-"""
-    )
-
-
-def test_what_is_wrapped_until_the_trainer_is_used_is_put_back():
-    run(
-        """
+""",
+    "what is wrapped until the trainer is used is put back": """
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
@@ -139,13 +114,8 @@ import torch.distributed.utils
 check()
 assert "pending" not in {patch.state for patch in hf_packfix.status().patches}
 assert standing() == originals
-"""
-    )
-
-
-def test_what_no_program_imports_keeps_nothing_wrapped_after_the_first_use():
-    run(
-        """
+""",
+    "what no program imports keeps nothing wrapped after the first use": """
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
@@ -157,25 +127,15 @@ Trainer(torch.nn.Linear(1, 1), TrainingArguments("never_written", report_to=[]),
 assert "pending" in {patch.state for patch in hf_packfix.status().patches}  # of transformers.trainer_seq2seq
 assert [vars(owner)["__init__"] for owner in (Accelerator, DataLoader)] == originals
 check()
-"""
-    )
-
-
-def test_nothing_is_raised_where_the_trainer_is_used():
-    run(
-        """
+""",
+    "nothing is raised where the trainer is used": """
 import hf_packfix, torch
 from hf_packfix.activation import control
 real, control._requested_patches = control._requested_patches, lambda: 1 / 0
 assert len(torch.utils.data.DataLoader([1, 2])) == 2
 control._requested_patches = real
-"""
-    )
-
-
-def test_a_lock_that_another_thread_holds_does_not_stop_the_first_use():
-    run(
-        """
+""",
+    "a lock that another thread holds does not stop the first use": """
 import threading
 import hf_packfix, torch
 from hf_packfix.activation.control import _locked
@@ -194,13 +154,8 @@ assert not hasattr(transformers.trainer.Trainer._prepare_input, "__wrapped__")
 done.set()
 thread.join()
 assert transformers.trainer.Trainer._prepare_input.__wrapped__  # whoever has the lock does it
-"""
-    )
-
-
-def test_a_loaded_module_that_waits_for_torch_says_so():
-    run(
-        """
+""",
+    "a loaded module that waits for torch says so": """
 import types
 import hf_packfix
 name = "transformers.feature_extraction_utils"
@@ -208,5 +163,10 @@ sys.modules[name] = types.ModuleType(name)
 (found,) = [patch for patch in hf_packfix.status().patches if patch.target.startswith(name)]
 assert (found.state, found.detail) == ("pending", "torch is not loaded"), found
 assert "torch" not in sys.modules
-"""
-    )
+""",
+}
+
+
+@pytest.mark.parametrize("promise", PROGRAMS)
+def test_programs_with_finders_of_others_in_front(promise):
+    execute(FINDER + PROGRAMS[promise])

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 import pickle
-import shutil
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,11 +19,10 @@ from hf_packfix.activation import environment
 from hf_packfix.engine.targets import resolve
 from hf_packfix.patches import FAST_RNN
 from hf_packfix.rnn.coverage import _is_known
-from tests.support import interpreters
+from tests.support.interpreters import execute
 
 pytestmark = pytest.mark.skipif(not _is_known, reason="this torch lacks a name of LEANS_ON: torch's own layers run")
 
-ROOT = Path(__file__).parents[2]
 OURS = "RecurrenceBackward"
 LAYERS = [nn.LSTM, nn.GRU, nn.RNN]
 ORIGINALS = {kind: vars(kind)["forward"] for kind in LAYERS}
@@ -164,12 +157,8 @@ print("RecurrenceBackward" in nodes, "hf_packfix" in sys.modules)
     ],
 )
 def test_in_a_fresh_interpreter(before, variables, fast):
-    environment = {k: v for k, v in interpreters.environment().items() if not k.startswith("HF_PACKFIX")} | variables
-    printed = subprocess.check_output(
-        [sys.executable, "-c", TRAINS.format(before=before)], text=True, env=environment, timeout=300
-    ).split()
-    assert printed[0] == str(fast)
-    assert (printed[1] == "True") == bool(before)
+    printed = execute(TRAINS.format(before=before), **variables).stdout.split()
+    assert printed == [str(fast), str(bool(before))]
 
 
 # --- the layers of others -------------------------------------------------------------------------------
@@ -267,30 +256,6 @@ def test_a_wrapper_around_ours_is_left_standing(monkeypatch):
     hf_packfix.enable(fast_rnn=False)
     assert nn.GRU.forward is theirs
     assert not is_fast(nn.GRU(3, 4))
-
-
-def test_a_second_copy_takes_over(tmp_path):
-    copied = shutil.copytree(ROOT / "hf_packfix", tmp_path / "their_packfix", ignore=shutil.ignore_patterns("*.pyc"))
-    for path in copied.rglob("*.py"):
-        path.write_text(
-            path.read_text().replace("hf_packfix", "their_packfix").replace("_their_packfix", "_hf_packfix")
-        )
-    code = f"""
-    import sys
-    sys.path.insert(0, {str(tmp_path)!r})
-    import torch, hf_packfix
-    original = torch.nn.GRU.forward
-    hf_packfix.enable(fast_rnn=True)
-    import their_packfix
-    their_packfix.enable(fast_rnn=True)
-    assert torch.nn.GRU.forward.__wrapped__ is original
-    assert their_packfix.is_enabled() and not hf_packfix.is_enabled()
-    their_packfix.disable()
-    assert torch.nn.GRU.forward is original
-    """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_PACKFIX")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment, timeout=300)
 
 
 @pytest.mark.parametrize("patch", FAST_RNN, ids=lambda patch: patch.path)

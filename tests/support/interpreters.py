@@ -43,13 +43,8 @@ def close(found, expected):
 
 #: What a program that has imported the Trainer ends with: a packed batch moves, and no patch is refused or pending.
 TRAINS = """
-from torch.nn.utils.rnn import pack_sequence
-import torch, types
-t = Trainer.__new__(Trainer)
-t.args = types.SimpleNamespace(device=torch.device("meta"), _n_gpu=1)
-t.is_deepspeed_enabled = False
-p = pack_sequence([torch.ones(1), torch.ones(2)], enforce_sorted=False)
-assert t._prepare_input({"x": p})["x"].data.device.type == "meta"
+from tests.support.packed_sequences import META, bare_trainer, some_packed
+assert bare_trainer(META, Trainer)._prepare_input({"x": some_packed()})["x"].data.device == META
 import hf_packfix
 assert hf_packfix.is_enabled()
 states = {p.state for p in hf_packfix.status().patches if not p.target.startswith("torch.nn.modules.rnn:")}
