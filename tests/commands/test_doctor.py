@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -14,29 +12,37 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from transformers import Trainer, TrainingArguments
 
-from hf_packfix.commands.doctor import examine
-from hf_packfix.commands.trainers import handled_apart, try_trainer
+import hf_packfix
+from hf_packfix.commands import doctor
+from hf_packfix.commands.trainers import try_trainer
 from hf_packfix.models import modeling_recurrent as modeling
 from hf_packfix.models.selftest import CHECKS
 from hf_packfix.patches import FAST_RNN, PATCHES
-from tests.support.interpreters import environment, python
+from tests.support.interpreters import python
 
 
-def doctor(tmp_path, *arguments, before=""):
-    """Return the exit status and the report of a doctor in an interpreter of its own."""
-    code = f"{before}\nimport sys; from hf_packfix.commands.cli import main; "
-    code += "sys.exit(main(['doctor', '--json', *sys.argv[1:]]))"
-    path = os.pathsep.join([environment()["PYTHONPATH"], str(tmp_path)])
-    result = python("-c", code, *arguments, env={"PYTHONPATH": path}, measured=True)
-    return result.returncode, json.loads(result.stdout)
+@pytest.fixture
+def report_on(tmp_path, monkeypatch):
+    """Return a function that returns what the doctor finds in modules of the working directory, ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setattr(doctor, "try_trainer", lambda: None)
+    monkeypatch.setattr(doctor, "_check_models", dict)
+
+    yield lambda *modules: doctor.examine(modules)
+    hf_packfix.enable(fast_rnn=False)
+    for name, module in [*sys.modules.items()]:
+        if Path(getattr(module, "__file__", None) or "/").is_relative_to(tmp_path):
+            del sys.modules[name]
 
 
-def test_a_trainer_that_cannot_be_imported(tmp_path):
-    status, report = doctor(tmp_path, "--import", "json", before="import sys; sys.modules['transformers'] = None")
-    assert status == 1
-    (problem,) = report["problems"]
+def test_a_trainer_that_cannot_be_imported(report_on, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.trainer_seq2seq", None)
+    Path("mine.py").write_text(MINE)
+    report = report_on("mine")
+    (problem,) = report.problems
     assert problem.startswith("the Trainer cannot be imported: ")
-    assert report["selftest"] == "skipped: the Trainer cannot be imported"
+    assert report.selftest == "skipped: the Trainer cannot be imported"
 
 
 def printed(*arguments, cwd=None, **variables):
@@ -109,40 +115,46 @@ def test_off_is_a_verdict_and_an_exit_status_of_its_own():
     assert "HF_PACKFIX is '0': no program is patched" in lines
 
 
-def test_what_trainers_override_is_listed(tmp_path):
-    (tmp_path / "mine.py").write_text(MINE)
-    status, report = doctor(tmp_path, "--import", "mine")
-    assert status == 0
-    assert report["trainers"] == {
+def test_what_trainers_override_is_listed(report_on):
+    Path("mine.py").write_text(MINE)
+    report = report_on("mine")
+    assert report.healthy
+    assert report.trainers == {
         "mine.A": {"prediction_step": False},
         "mine.B": {"_prepare_input": False},
         "mine.C": {},
         "mine.D": {"floating_point_ops": True, "prediction_step": True},
     }
-    moves, predicts = sorted(report["warnings"])
+    moves, predicts = sorted(report.warnings)
     assert moves.startswith("_prepare_input does not call super() in mine.B, so the patch of Trainer._prepare_input ")
     assert predicts.startswith("prediction_step does not call super() in mine.A, ")
 
 
-def test_what_cannot_be_imported_is_named(tmp_path):
-    # A package that loads its Trainers when they are asked for, as trl does; one of them cannot be.
-    (tmp_path / "lazy").mkdir()
-    (tmp_path / "lazy/__init__.py").write_text(
-        "def __dir__(): return ['SomeTrainer', 'OtherTrainer', 'other']\n"
-        "def __getattr__(name):\n"
-        "    if name == 'OtherTrainer': raise ImportError('needs\\nmore')\n"
-        "    if name != 'SomeTrainer': raise AttributeError(name)\n"
-        "    from lazy.some import SomeTrainer\n"
-        "    return SomeTrainer\n"
-    )
-    (tmp_path / "lazy/some.py").write_text("from transformers import Trainer\nclass SomeTrainer(Trainer): pass\n")
-    status, report = doctor(tmp_path, "--import", "lazy")
-    assert (status, report["trainers"]) == (0, {"lazy.some.SomeTrainer": {}})
-    assert report["warnings"] == ["lazy.OtherTrainer cannot be loaded: ImportError: needs more"]
+#: A package that loads its Trainers when they are asked for, as trl does; one of them cannot be.
+LAZY = """
+def __dir__(): return ['SomeTrainer', 'OtherTrainer', 'other']
+def __getattr__(name):
+    if name == 'OtherTrainer': raise ImportError('needs\\nmore')
+    if name != 'SomeTrainer': raise AttributeError(name)
+    from lazy.some import SomeTrainer
+    return SomeTrainer
+"""
+
+
+def test_what_cannot_be_imported_is_named(report_on):
+    Path("lazy").mkdir()
+    Path("lazy/some.py").write_text("from transformers import Trainer\nclass SomeTrainer(Trainer): pass\n")
+    Path("lazy/__init__.py").write_text(LAZY)
+    Path("script.py").write_text("import sys\nprint('usage')\nsys.exit(2)\n")
+    Path("prints.py").write_text("from transformers import Trainer\nclass Mine(Trainer): pass\nprint('loaded')\n")
+    report = report_on("lazy", "script", "prints")
+    assert report.trainers == {"lazy.some.SomeTrainer": {}, "prints.Mine": {}}
+    assert report.warnings == ["lazy.OtherTrainer cannot be loaded: ImportError: needs more"]
+    assert report.problems == ["--import script: SystemExit: 2"]
 
 
 def test_a_healthy_report_has_tried_the_models():
-    report = examine([])
+    report = doctor.examine([])
     assert (report.healthy, report.problems) == (True, [])
     assert report.models == dict.fromkeys(CHECKS, "passed")
 
@@ -179,16 +191,15 @@ BROKEN = {
 def test_broken_models_are_a_problem(monkeypatch, check):
     owner, name, replacement = BROKEN[check]
     monkeypatch.setattr(owner, name, replacement, raising=False)
-    report = examine([])
+    report = doctor.examine([])
     assert not report.healthy
     assert report.models[check].startswith("failed: ")
     assert any(problem.startswith(f"hf_packfix.models, {check}: failed: ") for problem in report.problems)
 
 
-def test_a_value_of_the_variable_that_nobody_knows_is_one_problem(tmp_path):
-    status, report = doctor(tmp_path, before="import os; os.environ['HF_PACKFIX'] = 'maybe'")
-    (problem,) = report["problems"]
-    assert status == 1
+def test_a_value_of_the_variable_that_nobody_knows_is_one_problem(report_on, monkeypatch):
+    monkeypatch.setenv("HF_PACKFIX", "maybe")
+    (problem,) = report_on().problems
     assert problem.startswith("HF_PACKFIX='maybe' is not one of: ")
 
 
@@ -206,48 +217,41 @@ BAD = "HF_PACKFIX_FAST_RNN='fast' is not one of: 1, true, yes, on, 0, false, no,
         ("fast", f"HF_PACKFIX_FAST_RNN is 'fast': {OWN}", [BAD]),
     ],
 )
-def test_the_variable_of_the_fast_layers(value, line, problems):
-    code = (
-        "from hf_packfix.commands import doctor; doctor._check_models, doctor.try_trainer = dict, {}.clear\n"
-        "doctor.run([], as_json=True); doctor.run([], as_json=False)"
-    )
-    result = python("-c", code, env={} if value is None else {"HF_PACKFIX_FAST_RNN": value})
-    report, end = json.JSONDecoder().raw_decode(result.stdout)
-    text = result.stdout[end:].splitlines()
+@pytest.mark.usefixtures("report_on")
+def test_the_variable_of_the_fast_layers(monkeypatch, capsys, value, line, problems):
+    if value is not None:
+        monkeypatch.setenv("HF_PACKFIX_FAST_RNN", value)
+    hf_packfix.disable()
+    hf_packfix.enable()
+    doctor.run([], as_json=True)
+    doctor.run([], as_json=False)
+    printed = capsys.readouterr().out
+    report, end = json.JSONDecoder().raw_decode(printed)
+    text = printed[end:].splitlines()
     assert report["problems"] == problems
     assert (report["fast_rnn_variable"], report["fast_rnn"]) == (value, line.endswith(FAST))
     assert line in text
     assert [said for said in text if said.startswith("problem: ")] == [f"problem: {problem}" for problem in problems]
 
 
-def test_modules_that_print_and_that_end(tmp_path):
-    (tmp_path / "script.py").write_text("import sys\nprint('usage')\nsys.exit(2)\n")
-    (tmp_path / "prints.py").write_text(
-        "from transformers import Trainer\nclass Mine(Trainer): pass\nprint('loaded')\n"
-    )
-    status, report = doctor(tmp_path, "--import", "script", "--import", "prints")
-    assert (status, report["problems"]) == (1, ["--import script: SystemExit: 2"])
-    assert report["trainers"] == {"prints.Mine": {}}
-
-
-def test_a_method_that_needs_no_patch_here_is_nothing_to_warn_of(tmp_path):
-    (tmp_path / "overrides.py").write_text(
+def test_a_method_that_needs_no_patch_here_is_nothing_to_warn_of(report_on):
+    Path("overrides.py").write_text(
         "from transformers import Trainer\n"
         "class Mine(Trainer):\n"
         "    def get_batch_samples(self, epoch_iterator, *args): return list(epoch_iterator), None\n"
         "    def _prepare_input(self, data): return data\n"
     )
-    _, report = doctor(tmp_path, "--import", "overrides")
-    states = {patch["target"]: patch["state"] for patch in report["status"]["patches"]}
+    report = report_on("overrides")
+    states = {patch.target: patch.state for patch in report.status.patches}
     acts = states["transformers.trainer:Trainer.get_batch_samples"] == "applied"  # up to 5.2
     expected = {"_prepare_input": False} | ({"get_batch_samples": False} if acts else {})
-    assert report["trainers"] == {"overrides.Mine": expected}
-    assert any("_prepare_input does not call super()" in warning for warning in report["warnings"])
-    assert any("get_batch_samples" in warning for warning in report["warnings"]) == acts
+    assert report.trainers == {"overrides.Mine": expected}
+    assert any("_prepare_input does not call super()" in warning for warning in report.warnings)
+    assert any("get_batch_samples" in warning for warning in report.warnings) == acts
 
 
-def test_what_is_done_to_tensors_apart(tmp_path, monkeypatch):
-    (tmp_path / "casts.py").write_text(
+def test_what_is_done_to_tensors_apart(report_on):
+    Path("casts.py").write_text(
         "import torch\n"
         "from transformers import Trainer\n"
         "class Casts(Trainer):\n"
@@ -259,14 +263,11 @@ def test_what_is_done_to_tensors_apart(tmp_path, monkeypatch):
         "def nested_detach(tensors): return tensors.detach()\n"
         "from transformers.trainer_pt_utils import nested_concat\n"
     )
-    status, report = doctor(tmp_path, "--import", "casts")
-    assert status == 0
-    cast, copy = report["warnings"]
+    report = report_on("casts")
+    assert report.healthy
+    cast, copy = report.warnings
     assert cast.startswith("casts.Casts._prepare_inputs looks for tensors itself (is_tensor): ")
     assert copy.startswith("casts.nested_detach is a copy of transformers.trainer_pt_utils:nested_detach, and is not")
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.import_module("casts")
-    assert list(handled_apart("casts")) == [cast, copy]
 
 
 def test_the_self_test_on_a_machine_with_several_gpus(monkeypatch):

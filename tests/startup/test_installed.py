@@ -77,28 +77,26 @@ def test_installing_and_uninstalling_leaves_nothing_behind(tmp_path, editable):
 # --- HF_PACKFIX=1 python train.py -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [[], ["spawn"]])
-def test_an_unedited_program_trains(installed, program, arguments):
-    result = installed.run(str(program), *arguments, variable="1", cwd=program.parent)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == f"trained {arguments}"
-    assert "hf_packfix" not in result.stdout + result.stderr
+#: For each way to start the program: the words before it, its arguments, ``HF_PACKFIX``, and how many processes train.
+WAYS = {
+    "python": ([], [], "1", 1),
+    "spawned workers": ([], ["spawn"], "1", 1),
+    "torchrun": (["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"], [], "1", 2),
+    # On CPUs, accelerate leaves starting the second one to MPI, and starts one where there is none.
+    "accelerate": (["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"], [], "1", 1),
+    "hf-packfix run": (["-m", "hf_packfix", "run"], ["spawn"], None, 1),
+}
 
 
-@pytest.mark.parametrize(
-    ("launcher", "processes"),
-    [
-        (["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"], 2),
-        # On CPUs, accelerate leaves starting the second one to MPI, and starts one where there is none.
-        (["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"], 1),
-    ],
-    ids=["torchrun", "accelerate launch"],
-)
-def test_an_unedited_program_trains_under_a_launcher(installed, program, launcher, processes):
-    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    result = installed.run(*launcher, str(program), variable="1", cwd=program.parent, env=environment)
+@pytest.mark.parametrize("way", WAYS)
+def test_an_unedited_program_trains(installed, program, way):
+    launcher, arguments, variable, processes = WAYS[way]
+    env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    words = [*launcher, str(program), *arguments]
+    result = installed.run(*words, variable=variable, cwd=program.parent, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("trained []") == processes
+    assert result.stdout.count(f"trained {arguments}") == processes
+    assert launcher or "hf_packfix" not in result.stdout + result.stderr
 
 
 def test_status_says_what_activated_it(installed):
@@ -147,14 +145,6 @@ import hf_packfix; hf_packfix.enable()
     debug = installed.run("-c", code, "DEBUG", variable="1").stdout
     assert "hf_packfix DEBUG transformers.trainer:Trainer._prepare_input: applied" in debug
     assert installed.run("-c", code, "INFO", variable="1", env={"RANK": "1"}).stdout == ""
-
-
-# --- run ------------------------------------------------------------------------------------------------
-
-
-def test_run_trains_where_start_up_files_do_not_work(installed, program):
-    result = installed.run("-m", "hf_packfix", "run", str(program), "spawn", cwd=program.parent)
-    assert result.stdout.splitlines()[-1] == "trained ['spawn']", result.stderr
 
 
 # --- doctor ---------------------------------------------------------------------------------------------

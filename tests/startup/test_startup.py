@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import pkgutil
 import runpy
 import shutil
@@ -318,8 +317,6 @@ FAULTS = {
     "the package is gone": (lambda e: shutil.rmtree(e.site / "hf_packfix"), "No module named 'hf_packfix'"),
     "our code raises": (lambda e: e.write("hf_packfix/__init__.py", "raise KeyError('x')"), "KeyError: 'x'"),
     "our code exits": (lambda e: e.write("hf_packfix/__init__.py", "raise SystemExit(3)"), "SystemExit: 3"),
-    "our code is cut short": (lambda e: e.write("hf_packfix/__init__.py", "def f("), "SyntaxError"),
-    "our code is not UTF-8": (lambda e: e.write("hf_packfix/__init__.py", b"x = '\xff'"), "SyntaxError"),
     "our error has several lines": (
         lambda e: e.write("hf_packfix/__init__.py", "raise OSError('a\\nb')"),
         "OSError: a b",
@@ -371,17 +368,10 @@ def test_a_missing_boot_module_is_named(environment, tmp_path):
 
 
 def test_a_broken_transformers_fails_as_without_us(environment, tmp_path):
-    def change(fresh):
-        fresh.write("transformers/__init__.py", "raise RuntimeError('theirs')")
-
-    result = broken(environment, tmp_path, change)
+    raising = "raise RuntimeError('theirs')"
+    result = broken(environment, tmp_path, lambda e: e.write("transformers/__init__.py", raising))
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == "RuntimeError: theirs"
-
-
-def test_a_closed_stderr_stops_nothing(environment):
-    result = environment.run("-c", "print('ran')", variable="maybe", preexec_fn=lambda: os.close(2))
-    assert (result.stdout, result.returncode) == ("ran\n", 0)
 
 
 # --- what the files hold --------------------------------------------------------------------------------
