@@ -1,6 +1,6 @@
 """Check what this package relies on in any release of transformers, accelerate or torch.
 
-    python -m tests.tools.drift [transformers==5.23.0 ...] [--models] [--cache DIR] [--markdown FILE]
+    python -m tests.tools.drift [transformers==5.23.0 ...] [--models] [--markdown FILE]
 
 By default: the last patch release of every minor release that is supported, as the package index lists them.
 
@@ -168,23 +168,21 @@ def _definitions(node: ast.AST, name: str) -> Iterator[ast.AST]:
 
 
 def download(requirement: str, folder: Path) -> Path:
-    """Return the wheel of ``name==version``, downloaded into ``folder`` unless it is there."""
-    distribution, _, version = requirement.partition("==")
-    pattern = f"{distribution}-{version}-*.whl"
-    if not any(folder.glob(pattern)):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        environment = os.environ | {"PIP_CONFIG_FILE": os.devnull}
-        subprocess.run([*command, "--dest", str(folder), requirement], check=True, env=environment)
-    return next(folder.glob(pattern))
+    """Return the wheel of ``name==version``, downloaded into an empty folder."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    environment = os.environ | {"PIP_CONFIG_FILE": os.devnull}
+    subprocess.run([*command, "--dest", str(folder), requirement], check=True, env=environment)
+    (wheel,) = folder.iterdir()
+    return wheel
 
 
-def check_models(requirement: str, cache: Path) -> dict[str, str]:
+def check_models(requirement: str) -> dict[str, str]:
     """Install a release of transformers; return for every check of the models what went wrong, empty if nothing."""
     from tests.tools import matrix
 
-    python = matrix.interpreter(cache)
+    python = matrix.interpreter()
     needs = [requirement, "wrapt", "importlib-metadata", "packaging", "psutil"]
-    folder = matrix.fill(cache, requirement.replace("transformers==", "drift-"), needs, ["accelerate==1.15.0"])
+    folder = matrix.fill(requirement.replace("transformers==", "drift-"), needs, ["accelerate==1.15.0"])
     environment = matrix.environment(folder) | {"HF_HUB_OFFLINE": "1"}
     command = [str(python), "-m", "hf_packfix.models.selftest"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
@@ -258,31 +256,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="check what the patches and the models rely on in a release")
     parser.add_argument("requirements", nargs="*", metavar="NAME==VERSION", help="every minor release by default")
     parser.add_argument("--models", action="store_true", help="install each transformers and try the models on it")
-    parser.add_argument("--cache", type=Path, help="keep the wheels here; a temporary folder by default")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file, too")
     options = parser.parse_args()
     wrong = [requirement for requirement in options.requirements if not all(requirement.partition("=="))]
     if wrong:
         parser.error(f"expected NAME==VERSION, found {wrong[0]!r}")
-    from tests.tools import matrix
-
     requirements = options.requirements or [name for of in DISTRIBUTIONS for name in every_minor_release(of)]
     patches, models, found = [PATCHES_HEADER], [MODELS_HEADER], {}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.cache or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
         for requirement in requirements:
             distribution, _, version = requirement.partition("==")
-            wheel = download(requirement, folder)
+            wheel = download(requirement, Path(folder))
             findings = found[requirement] = check(wheel, distribution, Version(version))
-            if options.cache is None:
-                wheel.unlink()  # those of torch are large
+            wheel.unlink()  # those of torch are large
             if not findings:
                 parser.error(f"no patch has a target in {distribution}; expected one of {', '.join(DISTRIBUTIONS)}")
             patches.append(patch_row(requirement, findings))
             print(patches[-1], flush=True)
             if distribution == "transformers" and options.models:
-                results = check_models(requirement, options.cache or matrix.CACHE)
+                results = check_models(requirement)
                 models.append(model_row(requirement, results))
                 print(models[-1], flush=True)
     names = [NAMES_HEADER, *name_rows(found)]

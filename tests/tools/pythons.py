@@ -1,12 +1,12 @@
 """Run the start-up tests, or the conformance tests, on any Python interpreter.
 
-    python -m tests.tools.pythons INTERPRETER [--part startup|conformance] [--with REQUIREMENT ...] [--cache DIR]
+    python -m tests.tools.pythons INTERPRETER [--part startup|conformance]
 
 INTERPRETER is a path or a command, such as ``python3.15``; its ``venv`` module must work. pytest runs on that
 interpreter, in a virtual environment that is kept for the next run; any interpreter will do, such as one of a
 distribution's container or chroot. The start-up tests need neither torch nor transformers. For the conformance tests,
-pip installs this package and what it requires, torch included; ``--with`` pins any of it. This script needs only the
-standard library. It exits with the status of pytest.
+pip installs this package and what it requires, torch included; ``PIP_CONSTRAINT`` pins any of it. This script needs
+only the standard library. It exits with the status of pytest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Where the virtual environments are by default.
+#: Where the virtual environments are.
 CACHE = Path(tempfile.gettempdir()) / "hf_packfix_pythons"
 
 
@@ -51,13 +51,13 @@ PARTS = {
 }
 
 
-def environment(interpreter: str, part: str, requirements: list[str], cache: Path) -> Path:
+def environment(interpreter: str, part: str) -> Path:
     """Return the Python of a virtual environment of an interpreter, with what a part of the tests requires."""
-    directory = cache / (re.sub(r"[^\w.]+", "-", interpreter).strip("-") + f"-{part}")
+    directory = CACHE / (re.sub(r"[^\w.]+", "-", interpreter).strip("-") + f"-{part}")
     subprocess.run([interpreter, "-m", "venv", str(directory)], check=True)
     python = directory / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*install, *PARTS[part].requirements, *requirements], check=True)
+    subprocess.run([*install, *PARTS[part].requirements], check=True)
     return python
 
 
@@ -78,17 +78,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="run the start-up or conformance tests on any Python interpreter")
     parser.add_argument("interpreter", help="path or command, such as python3.15")
     parser.add_argument("--part", choices=list(PARTS), default="startup")
-    parser.add_argument(
-        "--with", dest="requirements", nargs="+", default=[], metavar="REQUIREMENT", help="such as torch==2.14.1"
-    )
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the virtual environments")
     options = parser.parse_args()
     interpreter = shutil.which(options.interpreter)
     if interpreter is None:
         parser.error(f"{options.interpreter} is not an interpreter; expected a path or a command, such as python3.15")
     interpreter = os.path.abspath(interpreter)
-    python = environment(interpreter, options.part, options.requirements, options.cache)
-    return run(python, interpreter, options.part)
+    return run(environment(interpreter, options.part), interpreter, options.part)
 
 
 if __name__ == "__main__":

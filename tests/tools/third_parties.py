@@ -1,6 +1,6 @@
 """Train Trainers of other packages, as they are, on packed batches, and compare with padded ones.
 
-    python -m tests.tools.third_parties [--cache DIR]
+    python -m tests.tools.third_parties
 
 Installs the packages once into a folder, as ``tests/tools/matrix.py`` does, and the wheel of this project beside them.
 What is trained stands in ``tests/support/third_party_trainers.py``, which does not turn hf_packfix on: the variable
@@ -12,7 +12,6 @@ each in two processes on the CPU. Exits with 1 if something is not as expected.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -76,10 +75,10 @@ TRAINERS = {
 }
 
 
-def environment(cache: Path, directory: Path) -> Environment:
+def environment(directory: Path) -> Environment:
     """Return a new virtual environment with this project's wheel, torch and the packages."""
-    base = matrix.interpreter(cache)
-    target = matrix.fill(cache, "third-parties", NEEDS, ALONE)
+    base = matrix.interpreter()
+    target = matrix.fill("third-parties", NEEDS, ALONE)
     (torch,) = base.parents[1].glob("[Ll]ib/**/site-packages")
     fresh = Environment(directory / "venv").unpack()
     fresh.write("zz_shared.pth", f"{target}\n{torch}\n")
@@ -154,9 +153,9 @@ def hooked(fresh: Environment, variable: str, folder: str, *arguments: str) -> d
     return result
 
 
-def check_hooks(fresh: Environment, cache: Path) -> list[tuple[str, str, bool]]:
+def check_hooks(fresh: Environment) -> list[tuple[str, str, bool]]:
     """Train on packed batches beside each import hook, and on padded ones with no hook and hf_packfix off."""
-    folders = {name: str(matrix.fill(cache, f"hook-{name}", [needs], [])) for name, needs in HOOKS.items()}
+    folders = {name: str(matrix.fill(f"hook-{name}", [needs], [])) for name, needs in HOOKS.items()}
     runs = [("0", "", "padded", "first"), *(("1", folders[name], "packed", order, name) for name, order in HOOKED)]
     with ThreadPoolExecutor(2) as pool:
         padded, *found = pool.map(lambda run: hooked(fresh, *run), runs)
@@ -184,11 +183,11 @@ def logged(fresh: Environment, folder: str, layout: str, file: Path, *command: s
     return result
 
 
-def check_processes(fresh: Environment, cache: Path, directory: Path) -> list[tuple[str, str, bool]]:
+def check_processes(fresh: Environment, directory: Path) -> list[tuple[str, str, bool]]:
     """Train with DeepSpeed and with Ray Train on packed batches, and on padded ones with hf_packfix off."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    deepspeed = matrix.fill(cache, "deepspeed", DEEPSPEED_NEEDS, [f"deepspeed=={DEEPSPEED}"])
-    ray = matrix.fill(cache, "ray", [f"ray[train]=={RAY}"], [])
+    deepspeed = matrix.fill("deepspeed", DEEPSPEED_NEEDS, [f"deepspeed=={DEEPSPEED}"])
+    ray = matrix.fill("ray", [f"ray[train]=={RAY}"], [])
     rows = []
     for package, folder, command in (
         (f"DeepSpeed {DEEPSPEED}", deepspeed, [*launch, str(ROOT / "tests/support/third_party_deepspeed.py")]),
@@ -205,14 +204,10 @@ def check_processes(fresh: Environment, cache: Path, directory: Path) -> list[tu
 
 def main() -> int:
     """Run, print the table, and return 1 where something is not as expected."""
-    parser = argparse.ArgumentParser(description="train Trainers of other packages on packed batches")
-    parser.add_argument("--cache", type=Path, default=matrix.CACHE)
-    cache = parser.parse_args().cache
-    cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="hf_packfix_third_parties_") as directory:
-        fresh = environment(cache, Path(directory))
-        rows = [*check_doctor(fresh), *check_training(fresh), *check_hooks(fresh, cache)]
-        rows += check_processes(fresh, cache, Path(directory))
+        fresh = environment(Path(directory))
+        rows = [*check_doctor(fresh), *check_training(fresh), *check_hooks(fresh)]
+        rows += check_processes(fresh, Path(directory))
     print(", ".join(f"{name} {version}" for name, version in {**NEWEST, **PACKAGES}.items()))
     for name, text, good in rows:
         print(f"{'as expected' if good else 'NOT SO':<13}{name:<38}{text}")
