@@ -16,7 +16,6 @@ from accelerate.utils import operations
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BatchEncoding
 
 from hf_packfix import DataCollatorForPackedSequence
 from hf_packfix.models import (
@@ -79,7 +78,6 @@ def test_accelerate_moves_no_more_tensors_than_of_a_padded_batch(collate, wrap):
 def test_the_trainer_moves_no_more_tensors_than_of_a_padded_batch():
     packed, padded = packed_batch(rows(6)), padded_batch(rows(6))
     assert moves(lambda: by_trainer(packed)) <= moves(lambda: by_trainer(padded)) == 3
-    assert moves(lambda: by_trainer(by_accelerate(packed))) <= 3
     there = by_accelerate(packed)
     assert moves(lambda: by_trainer(there)) == 0
 
@@ -134,15 +132,6 @@ def test_keys_that_accelerate_is_to_skip_stay_where_they_are():
     moved = operations.send_to_device({"a": packed, "b": [packed]}, META, skip_keys="a")
     assert moved["a"] is packed
     assert moved["b"][0].data.device == META
-
-
-def test_a_batch_with_a_method_of_its_own_moves_itself():
-    batch = BatchEncoding({"a": some_packed(), "b": torch.ones(2)})
-    batch.note = "kept"
-    moved = by_accelerate(batch)
-    assert moved is batch
-    assert moved.note == "kept"
-    assert moved["a"].data.device == moved["a"].sorted_indices.device == moved["b"].device == META
 
 
 def test_index_tensors_keep_their_values():

@@ -7,7 +7,6 @@ import os
 from unittest import mock
 
 import accelerate
-import numpy as np
 import pytest
 import torch
 import torch.distributed.utils
@@ -221,29 +220,7 @@ class OwnStepWithSuper(Trainer):
         return loss, (logits, {"again": logits}), labels
 
 
-class OwnLoop(Trainer):
-    """Collects with the helpers of transformers, and never asks accelerate to pad."""
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        from transformers.trainer_pt_utils import EvalLoopContainer, find_batch_size, nested_truncate
-        from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
-
-        logits, labels, losses, count = EvalLoopContainer(), EvalLoopContainer(), [], 0
-        for inputs in dataloader:
-            count += find_batch_size(inputs)
-            loss, some_logits, some_labels = self.prediction_step(self.model, inputs, False)
-            logits.add(nested_truncate(some_logits, 99))
-            labels.add(some_labels)
-            losses.append(loss.item())
-        everything = EvalPrediction(logits.get_arrays(), labels.get_arrays())
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.compute_metrics(everything).items()}
-        metrics[f"{metric_key_prefix}_loss"] = float(np.mean(losses))
-        return EvalLoopOutput(everything.predictions, everything.label_ids, metrics, count)
-
-
-@pytest.mark.parametrize("trainer", [OwnPredictionStep, OwnStepWithSuper, OwnLoop])
+@pytest.mark.parametrize("trainer", [OwnPredictionStep, OwnStepWithSuper])
 def test_subclasses_are_served(tmp_path, trainer):
     assert_evaluation_equals_padded(tmp_path, Tagger, rows(), trainer=trainer)
 

@@ -130,16 +130,6 @@ def test_a_batch_of_nothing_adds_no_items(tmp_path):
     assert int(count_items(trainer, [{"labels": nothing}, packed_batch(rows(5))])) == int(alone) > 0
 
 
-def test_the_batches_of_the_iterator_come_back(tmp_path):
-    trainer = oracle.new_trainer(tmp_path, Tagger, rows(), packed_batch)
-    batches = [packed_batch(rows(3)), padded_batch(rows(2)), packed_batch(rows(1))]
-    iterator, device = iter(batches), [torch.device("cpu")] if transformers_from("4.50") else []
-    first, _ = trainer.get_batch_samples(iterator, 2, *device)
-    assert [id(batch) for batch in first] == [id(batch) for batch in batches[:2]]
-    rest, _ = trainer.get_batch_samples(iterator, 2, *device)
-    assert [id(batch) for batch in rest] == [id(batches[2])]
-
-
 # --- counting -------------------------------------------------------------------------------------------
 
 
