@@ -85,9 +85,8 @@ print("done")
     assert result.stdout == "done\n", result.stderr
 
 
-def test_an_import_loads_neither_torch_nor_transformers_nor_the_models():
-    execute(
-        """
+PROGRAMS = {
+    "an import loads neither torch nor transformers nor the models": """
         import sys, hf_packfix
         text = str(hf_packfix.status())
         assert not {"torch", "transformers", "accelerate"} & set(sys.modules)
@@ -97,13 +96,8 @@ def test_an_import_loads_neither_torch_nor_transformers_nor_the_models():
         import transformers.trainer
         assert hf_packfix.is_enabled()
         assert not [name for name in sys.modules if name.startswith("hf_packfix.models")]
-        """
-    )
-
-
-def test_a_program_without_torch_is_not_made_to_load_it():
-    execute(
-        """
+        """,
+    "a program without torch is not made to load it": """
         import sys, types
         stand_in = types.ModuleType("transformers.feature_extraction_utils")
         exec("class BatchFeature:\\n    def to(self): pass", vars(stand_in))
@@ -113,20 +107,26 @@ def test_a_program_without_torch_is_not_made_to_load_it():
         on_module_imported(stand_in)
         assert "torch" not in sys.modules
         assert not hasattr(stand_in.BatchFeature.to, "__wrapped__")
+        (found,) = [patch for patch in hf_packfix.status().patches if patch.target.startswith(stand_in.__name__)]
+        assert (found.state, found.detail) == ("pending", "torch is not loaded"), found
         del sys.modules[stand_in.__name__]
         from transformers import Trainer
         assert Trainer._prepare_input.__wrapped__
-        """
-    )
-
-
-def test_activation_leaves_the_process_state_of_accelerate_alone():
+        """,
     # Creating it fixes whether the process is distributed, which is up to the Trainer's arguments.
-    execute(
-        "import hf_packfix; from transformers import Seq2SeqTrainer, Trainer; hf_packfix.enable();"
-        "from accelerate.state import AcceleratorState, GradientState, PartialState;"
-        "assert not PartialState._shared_state and not AcceleratorState._shared_state"
-    )
+    "activation leaves the process state of accelerate alone": """
+        import hf_packfix
+        from transformers import Seq2SeqTrainer, Trainer
+        hf_packfix.enable()
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+        assert not PartialState._shared_state and not AcceleratorState._shared_state
+        """,
+}
+
+
+@pytest.mark.parametrize("promise", PROGRAMS)
+def test_an_import_changes_no_more_than_it_must(promise):
+    execute(PROGRAMS[promise])
 
 
 def test_disable_puts_the_very_same_objects_back():

@@ -155,15 +155,6 @@ done.set()
 thread.join()
 assert transformers.trainer.Trainer._prepare_input.__wrapped__  # whoever has the lock does it
 """,
-    "a loaded module that waits for torch says so": """
-import types
-import hf_packfix
-name = "transformers.feature_extraction_utils"
-sys.modules[name] = types.ModuleType(name)
-(found,) = [patch for patch in hf_packfix.status().patches if patch.target.startswith(name)]
-assert (found.state, found.detail) == ("pending", "torch is not loaded"), found
-assert "torch" not in sys.modules
-""",
 }
 
 

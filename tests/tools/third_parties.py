@@ -3,19 +3,18 @@
     python -m tests.tools.third_parties
 
 Installs the packages once into a folder, as ``tests/tools/matrix.py`` does, and the wheel of this project beside them.
-What is trained stands in ``tests/support/third_party_trainers.py``, which does not turn hf_packfix on: the variable
-``HF_PACKFIX`` does. ``tests/support/third_party_hooks.py`` trains beside import hooks, of packages that each have a
-folder of their own, so that no program has a hook that it does not ask for.
-``tests/support/third_party_deepspeed.py`` trains with DeepSpeed, ``tests/support/third_party_ray.py`` with Ray Train,
-each in two processes on the CPU. Exits with 1 if something is not as expected.
+What is trained stands in ``tests/support/third_party_trainers.py`` and ``third_party_runs.py``, which do not turn
+hf_packfix on: the variable ``HF_PACKFIX`` does. The latter trains beside import hooks, of packages that each have a
+folder of their own, so that no program has a hook that it does not ask for; with DeepSpeed and with Ray Train, in two
+processes on the CPU. Exits with 1 if something is not as expected.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import distributions
 from pathlib import Path
@@ -23,8 +22,10 @@ from typing import Any
 
 from tests.support.installed import Environment
 from tests.tools import matrix
+from tests.tools.tomorrow import equal
 
 ROOT = matrix.ROOT
+RUNS = str(ROOT / "tests/support/third_party_runs.py")
 
 NEWEST = matrix.TESTED[-1]
 PACKAGES = {"trl": "1.16.0", "sentence-transformers": "6.2.0"}
@@ -97,16 +98,6 @@ def outcomes(fresh: Environment, variable: str, layout: str, names: list[str]) -
     return result
 
 
-def agree(found: Any, expected: Any, tolerance: float) -> bool:
-    """Tell whether two outcomes are equal: the same entries, with numbers up to a tolerance."""
-    if not isinstance(found, list) or not isinstance(expected, list) or len(found) != len(expected):
-        return False
-    return all(
-        a.keys() == b.keys() and all(math.isclose(a[k], b[k], rel_tol=tolerance, abs_tol=tolerance) for k in a)
-        for a, b in zip(found, expected, strict=True)
-    )
-
-
 def check_doctor(fresh: Environment) -> list[tuple[str, str, bool]]:
     """Ask the doctor for the Trainers of each package."""
     imports = [word for module in TRAINERS for word in ("--import", module)]
@@ -134,53 +125,48 @@ def check_training(fresh: Environment) -> list[tuple[str, str, bool]]:
     rows = []
     for name, error in PACKED.items():
         text = packed[name] if isinstance(packed[name], str) else f"train loss {packed[name][-2]['train_loss']:.6f}"
-        good = packed[name] == error if error else agree(packed[name], padded[name], 1e-5)
+        good = packed[name] == error if error else equal(packed[name], padded[name], 1e-5)
         rows.append((f"{name}, packed", text, good))
         rows.append((f"{name}, packed, off", str(stock[name]), stock[name] == STOCK))
     for name, expected in padded.items():
         text = expected if isinstance(expected, str) else f"train loss {expected[-2]['train_loss']:.6f}"
-        rows.append((f"{name}, padded, on as off", text, agree(padded_on[name], expected, 0.0)))
+        rows.append((f"{name}, padded, on as off", text, equal(padded_on[name], expected, 0.0)))
     return rows
 
 
-def hooked(fresh: Environment, variable: str, folder: str, *arguments: str) -> dict[str, Any]:
-    """Return the outcome of training beside an import hook, or what was raised."""
-    env = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
-    done = fresh.run(str(ROOT / "tests/support/third_party_hooks.py"), *arguments, variable=variable, env=env)
-    if done.returncode:
-        return {"logged": done.stderr.strip().splitlines()[-1], "finders": [], "patches": {}}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
-def check_hooks(fresh: Environment) -> list[tuple[str, str, bool]]:
-    """Train on packed batches beside each import hook, and on padded ones with no hook and hf_packfix off."""
-    folders = {name: str(matrix.fill(f"hook-{name}", [needs], [])) for name, needs in HOOKS.items()}
-    runs = [("0", "", "padded", "first"), *(("1", folders[name], "packed", order, name) for name, order in HOOKED)]
-    with ThreadPoolExecutor(2) as pool:
-        padded, *found = pool.map(lambda run: hooked(fresh, *run), runs)
-    rows = []
-    for (name, order), outcome in zip(HOOKED, found, strict=True):
-        (version,) = {item.version for item in distributions(path=[folders[name]]) if item.name == HOOKS[name]}
-        logged, finders, states = outcome["logged"], outcome["finders"], list(outcome["patches"].values())
-        in_front = name in finders and ("wrapt" not in finders or finders.index(name) < finders.index("wrapt"))
-        good = in_front and "applied" in states and not {"pending", "refused"} & {*states}
-        text = logged if isinstance(logged, str) else f"eval loss {logged[-1]['eval_loss']:.6f}"
-        text += f"; {states.count('applied')} patches applied, {states.count('pending')} pending"
-        rows.append((f"{name} {version}, its hook {order}", text, good and agree(logged, padded["logged"], 1e-5)))
-    return rows
-
-
-def logged(fresh: Environment, folder: str, layout: str, file: Path, *command: str) -> dict[str, Any]:
-    """Return what the runs of a program logged in two processes, by name."""
+def outcome(fresh: Environment, folder: str, *command: str, file: Path, layout: str, more: Sequence[str] = ()) -> Any:
+    """Return what a run of ``third_party_runs.py`` wrote to the file, or the last line of its errors."""
     env = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     env |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": folder}
     variable = "1" if layout == "packed" else "0"
-    done = fresh.run(*command, layout, str(file), variable=variable, env=env)
-    if done.returncode:
-        raise SystemExit(f"{command[-1]} {layout}, HF_PACKFIX={variable}:\n{done.stdout}\n{done.stderr}")
-    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return result
+    done = fresh.run(*command, str(file), layout, *more, variable=variable, env=env)
+    return done.stderr.strip().splitlines()[-1] if done.returncode else json.loads(file.read_text(encoding="utf-8"))
+
+
+def check_hooks(fresh: Environment, directory: Path) -> list[tuple[str, str, bool]]:
+    """Train on packed batches beside each import hook, and on padded ones with no hook and hf_packfix off."""
+    folders = {name: str(matrix.fill(f"hook-{name}", [needs], [])) for name, needs in HOOKS.items()}
+
+    def run(name: str, order: str) -> Any:
+        layout, more = ("packed", [order, name]) if name else ("padded", [order])
+        file = directory / f"{name} {order}.json"
+        return outcome(fresh, folders.get(name, ""), RUNS, "hooks", file=file, layout=layout, more=more)
+
+    with ThreadPoolExecutor(2) as pool:
+        padded, *found = pool.map(run, *zip(("", "first"), *HOOKED, strict=True))
+    rows = []
+    for (name, order), each in zip(HOOKED, found, strict=True):
+        (version,) = {item.version for item in distributions(path=[folders[name]]) if item.name == HOOKS[name]}
+        if isinstance(each, str):
+            rows.append((f"{name} {version}, its hook {order}", each, False))
+            continue
+        logged, finders, states = each["logged"], each["finders"], list(each["patches"].values())
+        in_front = name in finders and ("wrapt" not in finders or finders.index(name) < finders.index("wrapt"))
+        good = in_front and "applied" in states and not {"pending", "refused"} & {*states}
+        text = f"eval loss {logged[-1]['eval_loss']:.6f}"
+        text += f"; {states.count('applied')} patches applied, {states.count('pending')} pending"
+        rows.append((f"{name} {version}, its hook {order}", text, good and equal(logged, padded["logged"], 1e-5)))
+    return rows
 
 
 def check_processes(fresh: Environment, directory: Path) -> list[tuple[str, str, bool]]:
@@ -190,14 +176,19 @@ def check_processes(fresh: Environment, directory: Path) -> list[tuple[str, str,
     ray = matrix.fill("ray", [f"ray[train]=={RAY}"], [])
     rows = []
     for package, folder, command in (
-        (f"DeepSpeed {DEEPSPEED}", deepspeed, [*launch, str(ROOT / "tests/support/third_party_deepspeed.py")]),
-        (f"Ray Train {RAY}", ray, [str(ROOT / "tests/support/third_party_ray.py")]),
+        (f"DeepSpeed {DEEPSPEED}", deepspeed, [*launch, RUNS, "deepspeed"]),
+        (f"Ray Train {RAY}", ray, [RUNS, "ray"]),
     ):
-        files = {layout: directory / f"{package} {layout}.json" for layout in ("packed", "padded")}
-        packed, padded = (logged(fresh, str(folder), layout, file, *command) for layout, file in files.items())
+        packed, padded = (
+            outcome(fresh, str(folder), *command, file=directory / f"{package} {layout}.json", layout=layout)
+            for layout in ("packed", "padded")
+        )
+        if isinstance(packed, str) or isinstance(padded, str):
+            rows.append((package, f"packed: {packed}; padded: {padded}", False))
+            continue
         for name, expected in padded.items():
             text = f"eval loss {packed[name][-1]['eval_loss']:.6f}, padded {expected[-1]['eval_loss']:.6f}"
-            good = agree(packed[name], expected, TOLERANCES[name.split()[-1]])
+            good = equal(packed[name], expected, TOLERANCES[name.split()[-1]])
             rows.append((f"{package}, {name}", text, good))
     return rows
 
@@ -206,7 +197,7 @@ def main() -> int:
     """Run, print the table, and return 1 where something is not as expected."""
     with tempfile.TemporaryDirectory(prefix="hf_packfix_third_parties_") as directory:
         fresh = environment(Path(directory))
-        rows = [*check_doctor(fresh), *check_training(fresh), *check_hooks(fresh)]
+        rows = [*check_doctor(fresh), *check_training(fresh), *check_hooks(fresh, Path(directory))]
         rows += check_processes(fresh, Path(directory))
     print(", ".join(f"{name} {version}" for name, version in {**NEWEST, **PACKAGES}.items()))
     for name, text, good in rows:

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +34,7 @@ from typing import Any
 from hf_packfix.engine.targets import resolve
 from hf_packfix.patches import PATCHES
 from tests.support.future import Edit, release
-from tests.support.interpreters import environment
+from tests.support.interpreters import environment, python
 
 PACKAGES = ("transformers", "accelerate")
 SUFFIX = "_as_of_tomorrow"
@@ -107,11 +106,9 @@ def renamed(name: str, way: str, directory: Path) -> bool:
 
 def run(directory: Path | None, *layouts: str, plugin: bool) -> dict[str, Any]:
     """Return what the program reports on copies of upstream; on upstream itself without a directory."""
-    env = environment() | {"HF_HUB_OFFLINE": "1", "HF_PACKFIX": "1" if plugin else "0"}
-    if directory is not None:
-        env["PYTHONPATH"] = os.pathsep.join([str(directory), env["PYTHONPATH"]])
-    command = [sys.executable, "-m", "tests.support.tomorrow_program", *layouts]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
+    path = [environment()["PYTHONPATH"]] if directory is None else [str(directory), environment()["PYTHONPATH"]]
+    variables = {"PYTHONPATH": os.pathsep.join(path), "HF_PACKFIX": "1" if plugin else "0"}
+    done = python("-m", "tests.support.tomorrow_program", *layouts, env=variables, limit=600)
     try:
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found
@@ -119,14 +116,16 @@ def run(directory: Path | None, *layouts: str, plugin: bool) -> dict[str, Any]:
         return {"error": (done.stderr.strip().splitlines() or ["nothing was printed"])[-1]}
 
 
-def equal(found: Any, expected: Any) -> bool:
+def equal(found: Any, expected: Any, tolerance: float = 1e-4) -> bool:
     """Compare nested numbers."""
     if isinstance(expected, dict) and isinstance(found, dict):
-        return found.keys() == expected.keys() and all(equal(found[key], expected[key]) for key in expected)
+        return found.keys() == expected.keys() and all(equal(found[key], expected[key], tolerance) for key in expected)
     if isinstance(expected, list) and isinstance(found, list):
-        return len(found) == len(expected) and all(map(equal, found, expected))
+        return len(found) == len(expected) and all(
+            equal(*pair, tolerance) for pair in zip(found, expected, strict=True)
+        )
     if isinstance(expected, float) and isinstance(found, float):
-        return math.isclose(found, expected, rel_tol=1e-4, abs_tol=1e-5)
+        return math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance)
     return bool(found == expected)
 
 
