@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-import subprocess
 import zipfile
 from pathlib import Path
 
@@ -121,23 +120,6 @@ def test_a_program_sees_what_it_sees_under_python(environment, folder, form):
     assert (plain[1], plain[2]) == ("", 0)
     assert "thread Mine True\natexit Mine True" in plain[0]
     assert (without_pipe(ours[0]), *ours[1:]) == (without_pipe(plain[0]), *plain[1:])
-
-
-def test_process_substitution_gives_the_program_as_under_python(environment, folder):
-    write(folder, environment, SHOWS)
-    found = []
-    for command in ([], RUN):
-        script = '"$0" "$@" <(cat folder/program.py) -x'
-        result = subprocess.run(
-            ["bash", "-c", script, str(environment.python), *command],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found.append((without_pipe(result.stdout), result.stderr))
-    assert found[0][0].startswith("['/dev/fd/")
-    assert found[1] == found[0]
 
 
 # `-m` does not find the program where Python does not look in the working directory.

@@ -92,20 +92,6 @@ def test_what_is_padded_across_processes(monkeypatch, dim, pad_first):
     assert [each for _, each in steps] == ([] if dim == 1 else [{"dim": 1, **options}])
 
 
-@pytest.mark.parametrize("use", ["gather", "gather_for_metrics"])
-def test_gathering_asks_for_padded_tensors_of_one_width(monkeypatch, use):
-    from accelerate import Accelerator
-
-    calls = []
-    original = operations.pad_across_processes
-    monkeypatch.setattr(operations, "pad_across_processes", lambda x, **o: calls.append(o) or original(x, **o))
-    if use == "gather":
-        operations.gather([two_packed()[2]])
-    else:
-        Accelerator(cpu=True).gather_for_metrics([two_packed()[2]])
-    assert calls == [{"dim": 1, "pad_index": -100}]
-
-
 @pytest.mark.parametrize(
     ("use", "message"),
     [

@@ -149,10 +149,8 @@ print("RecurrenceBackward" in nodes, "hf_packfix" in sys.modules)
     [
         ("import hf_packfix", {"HF_PACKFIX_FAST_RNN": "1"}, True),
         ("import torch, hf_packfix", {"HF_PACKFIX_FAST_RNN": "1"}, True),
-        ("import hf_packfix", {}, False),
         ("import hf_packfix", {"HF_PACKFIX_FAST_RNN": "1", "HF_PACKFIX": "0"}, False),
         ("import hf_packfix; hf_packfix.enable(fast_rnn=False)", {"HF_PACKFIX_FAST_RNN": "1"}, False),
-        ("import hf_packfix; hf_packfix.enable(fast_rnn=True)", {}, True),
         ("", {"HF_PACKFIX_FAST_RNN": "1"}, False),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
-from transformers import BatchEncoding, BatchFeature, Trainer
+from transformers import BatchEncoding, BatchFeature
 
 from tests.support import oracle
 from tests.support.oracle import (
@@ -37,15 +37,6 @@ MODELS = [(Classifier, "row"), (PlainClassifier, "row"), (Tagger, "tokens"), (Pl
 @pytest.mark.parametrize(("model", "labels"), MODELS)
 def test_every_step_equals_the_padded_run(tmp_path, model, labels):
     assert_training_equals_padded(tmp_path, model, rows(labels=labels))
-
-
-def test_a_subclass_defined_before_activation_is_served(tmp_path):
-    with stock():
-
-        class MyTrainer(Trainer):
-            pass
-
-    assert_training_equals_padded(tmp_path, Tagger, rows(), only_packed={"trainer": MyTrainer})
 
 
 BATCHES: dict[str, dict[str, Any]] = {

@@ -10,11 +10,13 @@ With ``ACCELERATE_USE_CPU=true`` over gloo; otherwise over nccl, with a GPU for 
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -105,22 +107,18 @@ def dispatched(collate: Callable[[list[Row]], Any], count: int, split_batches: b
     return {"batches": epochs[0], "again": epochs[1] == epochs[0], "remainder": prepared.remainder}
 
 
+def dispatch(packed: bool, *, ordered: bool = False, **options: Any) -> Any:
+    collate = oracle.packed_batch if packed else padded_to_longest
+    if ordered:
+        collate = oracle.by_length(oracle.sorted_packed_batch if packed else collate)
+    return dispatched(collate, **options)
+
+
 def dispatch_grid() -> Iterator[tuple[str, Callable[[bool], Any]]]:
-    for count in (12, 13, 14, 4):
-        for split_batches in (False, True):
-            for drop_last in (False, True):
-                yield (
-                    f"dispatch {count} split={split_batches} drop={drop_last}",
-                    lambda packed, c=count, s=split_batches, d=drop_last: dispatched(
-                        oracle.packed_batch if packed else padded_to_longest, c, s, d
-                    ),
-                )
-    yield (
-        "dispatch sorted",
-        lambda packed: dispatched(
-            oracle.by_length(oracle.sorted_packed_batch if packed else padded_to_longest), 13, False, False
-        ),
-    )
+    for count, split, drop in itertools.product((12, 13, 14, 4), (False, True), (False, True)):
+        options = {"count": count, "split_batches": split, "drop_last": drop}
+        yield f"dispatch {count} split={split} drop={drop}", partial(dispatch, **options)
+    yield "dispatch sorted", partial(dispatch, ordered=True, count=13, split_batches=False, drop_last=False)
 
 
 # --- the Trainer ----------------------------------------------------------------------------------------
@@ -297,30 +295,19 @@ def sharded(packed: bool, dtype: torch.dtype | None = None) -> Any:
 def scenarios() -> Iterator[tuple[str, Callable[[bool], Any]]]:
     yield from dispatch_grid()
     yield "map-style", report
-    yield "map-style, tokens averaged per device", lambda packed: report(packed, average_tokens_across_devices=False)
-    yield (
-        "map-style, accumulated",
-        lambda packed: report(packed, gradient_accumulation_steps=2, dataloader_num_workers=1),
-    )
-    yield "streaming", lambda packed: report(packed, streaming=True)
-    yield (
-        "streaming, split",
-        lambda packed: report(
-            packed,
-            streaming=True,
-            # The sizes of whole batches, to be split evenly between two or three processes.
-            per_device_train_batch_size=6,
-            per_device_eval_batch_size=6,
-            accelerator_config={"split_batches": True},
-        ),
-    )
+    yield "map-style, tokens averaged per device", partial(report, average_tokens_across_devices=False)
+    yield "map-style, accumulated", partial(report, gradient_accumulation_steps=2, dataloader_num_workers=1)
+    yield "streaming", partial(report, streaming=True)
+    # The sizes of whole batches, to be split evenly between two or three processes.
+    sizes = {"per_device_train_batch_size": 6, "per_device_eval_batch_size": 6}
+    yield "streaming, split", partial(report, streaming=True, **sizes, accelerator_config={"split_batches": True})
     yield "language model", language_model
-    yield "language model, accumulated", lambda packed: language_model(packed, gradient_accumulation_steps=2)
+    yield "language model, accumulated", partial(language_model, gradient_accumulation_steps=2)
     yield "gathering", gathering
     yield "broadcasting", broadcasting
     if FULLY_SHARDS:
         yield "sharded", sharded
-        yield "sharded in bfloat16", lambda packed: sharded(packed, torch.bfloat16)
+        yield "sharded in bfloat16", partial(sharded, dtype=torch.bfloat16)
 
 
 def main(directory: Path) -> None:
