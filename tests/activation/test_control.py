@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import warnings
@@ -35,54 +34,6 @@ PATCH = patch_of("transformers.trainer:Trainer._prepare_input")
 def test_any_order_of_imports_patches_the_trainer(first):
     # `Seq2SeqTrainer` brings in the last of the modules that are patched.
     execute(first + "\nfrom transformers import Seq2SeqTrainer, BatchFeature" + TRAINS)
-
-
-STEPS = {
-    "import": "import hf_packfix",
-    "trainer": "from transformers import Trainer; original = vars(Trainer)['_prepare_input']",
-    "foreign": """
-inner = Trainer._prepare_input
-def foreign(self, data):
-    calls.append(1)
-    return inner(self, data)
-Trainer._prepare_input = foreign""",
-    "disable": "hf_packfix.disable()",
-    "enable": "hf_packfix.enable()",
-}
-ORDERS = [
-    order
-    for order in itertools.permutations(STEPS)
-    if order.index("trainer") < order.index("foreign")
-    and order.index("import") < min(order.index("disable"), order.index("enable"))
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ORDERS, ids="-".join)
-def test_a_foreign_patch_stays_in_any_order_of_turning_on_and_off(order):
-    on = next(step for step in reversed(order) if step in ("import", "disable", "enable")) != "disable"
-    result = execute(
-        "calls = []\n"
-        + "\n".join(STEPS[step] for step in order)
-        + f"""
-from tests.support.packed_sequences import META, bare_trainer, some_packed
-def moves():
-    try:
-        return bare_trainer(META)._prepare_input(some_packed()).data.device == META
-    except AssertionError:
-        return False
-assert moves() is {on}
-assert hf_packfix.is_enabled() is {on}
-assert calls
-hf_packfix.enable()
-assert moves()
-hf_packfix.disable()
-assert vars(Trainer)["_prepare_input"] is foreign
-assert not moves()
-print("done")
-"""
-    )
-    assert result.stdout == "done\n", result.stderr
 
 
 PROGRAMS = {

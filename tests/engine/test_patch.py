@@ -185,6 +185,16 @@ def test_upstream_that_does_what_is_right_is_left_alone(upstream):
     assert declared.overwritten()
 
 
+def test_a_wrapper_that_was_there_before_ours_is_wrapped_and_comes_back(upstream):
+    stock = vars(upstream.C)["f"]
+    upstream.C.f = theirs = lambda self, data: stock(self, data)
+    declared = new_patch()
+    apply([declared])
+    assert upstream.C().f(0) == "right"
+    revert([declared])
+    assert vars(upstream.C)["f"] is theirs
+
+
 def test_what_somebody_else_fixed_meanwhile_is_left_alone(upstream):
     declared = new_patch()
     apply([declared])

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence, pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutput
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 VOCABULARY, HIDDEN, PAD = 12, 8, 0
@@ -75,7 +75,7 @@ class Config(PretrainedConfig):
 
 
 class Backbone(PreTrainedModel):
-    """A GRU that gives padded tensors ``[B, T, HIDDEN]``, whatever it is given."""
+    """A GRU over token ids, packed or padded."""
 
     config_class = Config
 
@@ -85,45 +85,36 @@ class Backbone(PreTrainedModel):
         self.gru = nn.GRU(HIDDEN, HIDDEN, batch_first=True)
         self.post_init()
 
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> BaseModelOutput:
+    def states(self, input_ids: Any) -> Tensor:
+        """Return padded states ``[B, T, HIDDEN]``, whatever it is given."""
         if isinstance(input_ids, PackedSequence):
             steps, _ = self.gru(input_ids._replace(data=self.embedding(input_ids.data)))
-            return BaseModelOutput(pad_packed_sequence(steps, batch_first=True)[0])
-        return BaseModelOutput(self.gru(self.embedding(input_ids))[0])
+            return pad_packed_sequence(steps, batch_first=True)[0]
+        return self.gru(self.embedding(input_ids))[0]
 
 
-class CausalLM(PreTrainedModel):
-    config_class = Config
-    base_model_prefix = "backbone"
-
+class CausalLM(Backbone):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.backbone = Backbone(config)
         self.lm_head = nn.Linear(HIDDEN, VOCABULARY)
-        self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 
     def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> CausalLMOutput:
-        return CausalLMOutput(logits=self.lm_head(self.backbone(input_ids).last_hidden_state))
+        return CausalLMOutput(logits=self.lm_head(self.states(input_ids)))
 
 
-class Scorer(PreTrainedModel):
+class Scorer(Backbone):
     """One number a row, from the state after its last real step."""
-
-    config_class = Config
-    base_model_prefix = "backbone"
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.backbone = Backbone(config)
         # No bias: it cancels in the loss, and Adam would scale the rounding noise of its gradient to a whole step.
         self.score = nn.Linear(HIDDEN, 1, bias=False)
-        self.post_init()
 
     def forward(self, input_ids: Any, attention_mask: Tensor, **kwargs: Any) -> SequenceClassifierOutput:
-        states = self.backbone(input_ids).last_hidden_state
+        states = self.states(input_ids)
         last = states[torch.arange(len(states)), attention_mask.sum(1) - 1]
         return SequenceClassifierOutput(logits=self.score(last))
 
@@ -133,20 +124,15 @@ class Sentence(Module):
 
     def __init__(self, packed: bool) -> None:
         super().__init__()
-        self.packed = packed
-        self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
-        self.gru = nn.GRU(HIDDEN, HIDDEN, batch_first=True)
+        self.packed, self.backbone = packed, Backbone(Config())
 
     def preprocess(self, inputs: list[str], **kwargs: Any) -> dict[str, Any]:
-        rows = [[int(word) for word in text.split()] for text in inputs]
+        rows = [numbers(text) for text in inputs]
         return {"input_ids": sequences(rows, self.packed), "attention_mask": mask(rows)}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        ids, real = features["input_ids"], features["attention_mask"].unsqueeze(-1)
-        if isinstance(ids, PackedSequence):
-            states = pad_packed_sequence(self.gru(ids._replace(data=self.embedding(ids.data)))[0], batch_first=True)[0]
-        else:
-            states = self.gru(self.embedding(ids))[0] * real
+        real = features["attention_mask"].unsqueeze(-1)
+        states = self.backbone.states(features["input_ids"]) * real
         return {**features, "sentence_embedding": states.sum(1) / real.sum(1)}
 
     def save(self, *args: Any, **kwargs: Any) -> None:
