@@ -11,37 +11,27 @@ from tests.support.interpreters import TRAINS, execute, train
 pytestmark = pytest.mark.slow  # starts many processes
 
 THREADS = """
+from concurrent.futures import ThreadPoolExecutor
+
 def together(togglers, toggle, trainers):
     # Toggles from `togglers` threads until all trainers are through; returns their losses and the toggles.
     sys.setswitchinterval(1e-4)  # as many switches between threads as there can be
-    failed, found, toggled, over = [], {}, [0] * togglers, threading.Event()
+    over = threading.Event()
 
-    def guard(function, *args):
-        try:
-            function(*args)
-        except BaseException as error:
-            failed.append(error)
-
-    def keep_toggling(number):
+    def keep_toggling():
+        toggled = 0
         while not over.is_set():
             toggle()
-            toggled[number] += 1
+            toggled += 1
+        return toggled
 
-    def train(number, trainer):
-        found[number] = losses(trainer)
-
-    toggling = [threading.Thread(target=guard, args=(keep_toggling, n)) for n in range(togglers)]
-    training = [threading.Thread(target=guard, args=(train, n, t)) for n, t in enumerate(trainers)]
-    for thread in toggling + training:
-        thread.start()
-    for thread in training:
-        thread.join()
-    over.set()
-    for thread in toggling:
-        thread.join()
-    if failed:
-        raise failed[0]
-    return [found[n] for n in range(len(trainers))], sum(toggled)
+    with ThreadPoolExecutor(togglers + len(trainers)) as pool:
+        toggling = [pool.submit(keep_toggling) for _ in range(togglers)]
+        try:
+            found = [*pool.map(losses, trainers)]
+        finally:
+            over.set()
+    return found, sum(future.result() for future in toggling)
 
 def targets():
     from hf_packfix.patches import PATCHES
