@@ -112,18 +112,13 @@ def run(directory, future, *arguments, **variables):
     return python(*arguments, env={"PYTHONPATH": path, **variables}, cwd=directory)
 
 
-def assert_each_has(found, words):
-    assert len(found) == len(words), found
-    for line, expected in zip(found, words, strict=True):
-        assert expected in line
-
-
 @pytest.mark.parametrize("name", FUTURES)
 def test_a_release_of_the_future_is_reported_and_gives_no_wrong_number(tmp_path, name):
     future = FUTURES[name]
     folder = release(tmp_path / "future", future.package, future.edits)
     found = tomorrow.run(folder, "padded", "packed", "doctor", plugin=True)
-    assert_each_has(found["warnings"], future.warnings)
+    assert len(found["warnings"]) == len(future.warnings), found["warnings"]
+    assert all(words in line for words, line in zip(future.warnings, found["warnings"], strict=True))
     today = {target: state for target, state in found["states"].items() if target not in future.states}
     assert future.states.items() <= found["states"].items()
     assert set(today.values()) <= {"applied", "not-needed", "off"}  # off: the layers that one asks for

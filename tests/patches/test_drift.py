@@ -11,7 +11,6 @@ from packaging.version import Version
 
 import hf_packfix
 from hf_packfix.activation import versions
-from hf_packfix.engine.patch import Patch
 from hf_packfix.engine.targets import resolve
 from hf_packfix.patches import FAST_RNN, PATCHES
 from tests.support.oracle import stock
@@ -20,14 +19,10 @@ from tests.tools import drift
 pytestmark = pytest.mark.conformance
 
 
-def version_of(patch: Patch) -> str:
-    package = patch.module.split(".")[0]
-    return f"{package} {versions.found(package)}"
-
-
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.path)
 def test_upstream_is_what_the_patch_was_written_for(patch):
-    expected, where = drift.state_here(patch), version_of(patch)
+    package = patch.module.split(".")[0]
+    expected, where = drift.state_here(patch), f"{package} {versions.found(package)}"
     with stock():
         original = resolve(patch.module, patch.path)[1]
         if expected == "not-applicable":

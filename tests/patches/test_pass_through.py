@@ -39,17 +39,12 @@ class Untouchable:
         raise AssertionError(f"the wrapper reads {name}")
 
 
-def call(patch: Patch, batch: Any) -> tuple[Original, list[Any], Any]:
+def assert_passed_on(patch: Patch, batch: Any) -> None:
     """Call the wrapper with ``batch`` as every argument but ``self``."""
     # One looks into what the original returns: batches and their items.
-    results = {"Trainer.get_batch_samples": ([RESULT], None)}
-    original = Original(results.get(patch.path, RESULT))
+    original = Original({"Trainer.get_batch_samples": ([RESULT], None)}.get(patch.path, RESULT))
     arguments = [Untouchable() if name in ("self", "model") else batch for name in patch.parameters]
-    return original, arguments, patch.make(original, patch)(*arguments)
-
-
-def assert_passed_on(patch: Patch, batch: Any) -> None:
-    original, arguments, result = call(patch, batch)
+    result = patch.make(original, patch)(*arguments)
     ((args, kwargs),) = original.calls
     received = [*args, *kwargs.values()][: len(arguments)]
     counts_inline = not is_active("transformers.trainer:Trainer._get_num_items_in_batch")

@@ -17,13 +17,6 @@ from tests.support.oracle import PlainTagger, new_trainer, packed_batch, padded_
 from tests.support.packed_sequences import CPU, META, Pair, bare_trainer, some_packed
 
 
-def test_missing_indices_stay_missing():
-    moved = bare_trainer(META)._prepare_input(some_packed(sort=True))
-    assert moved.data.device == META
-    assert moved.sorted_indices is None
-    assert moved.unsorted_indices is None
-
-
 @pytest.mark.parametrize("left_behind", ["sorted_indices", "unsorted_indices", "both"])
 def test_indices_follow_data_that_is_there_already(left_behind):
     packed = some_packed()
@@ -71,11 +64,6 @@ def test_a_wrapper_that_handles_tensors_handles_data(monkeypatch, where):
     hf_packfix.disable()
     monkeypatch.undo()
     hf_packfix.enable()
-
-
-def test_stock_refuses_a_packed_sequence():
-    with stock(), pytest.raises(AssertionError):
-        bare_trainer()._prepare_input(some_packed())
 
 
 # --- dataclasses ----------------------------------------------------------------------------------------

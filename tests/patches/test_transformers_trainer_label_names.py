@@ -17,13 +17,6 @@ from tests.support.oracle import Classifier, PlainTagger, Row, new_trainer, pack
 from tests.support.reports import messages
 
 
-def advised(message: str) -> list[str]:
-    """Return the label names that a warning advises."""
-    (found,) = re.findall(r"TrainingArguments\(label_names=(\[[^\]]*\])\)", message)
-    names: list[str] = ast.literal_eval(found)
-    return names
-
-
 def renaming(**names: str) -> Callable[[Callable[[list[Row]], Any]], Callable[[list[Row]], Any]]:
     """Return what gives the keys of a collator's batch other names."""
     return lambda collate: lambda features: {names.get(k, k): v for k, v in collate(features).items()}
@@ -61,7 +54,7 @@ def test_the_target_is_named_and_the_advice_gives_the_loss(tmp_path, model, labe
     assert "label_names is [], the batch has the keys ['x', 'targets']" in message
     assert "name the target: TrainingArguments(label_names=['targets'])" in message
     assert "eval_loss" not in trainer.evaluate()
-    followed = build(packed_batch, label_names=advised(message))
+    followed = build(packed_batch, label_names=ast.literal_eval(re.findall(r"label_names=(\[[^\]]*\])\)", message)[0]))
     assert messages(followed, "evaluate", None) == []
     with stock():
         expected = build(padded_batch, label_names=["targets"]).evaluate()

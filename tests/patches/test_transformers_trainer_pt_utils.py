@@ -55,31 +55,20 @@ def test_smoothing_names_lengths_that_differ():
         LabelSmoother()({"logits": logits}, logits._replace(data=torch.ones(1).long()))
 
 
-@pytest.mark.parametrize(
-    "convert",
-    [
-        pytest.param(
-            lambda labels: pt_utils.nested_concat(labels, labels, padding_index=-100),
-            id="concatenated",
-            marks=pytest.mark.needs_patch("transformers.trainer_pt_utils:nested_concat"),
-        ),
-        pytest.param(
-            lambda labels: pt_utils.nested_numpify(labels),
-            id="as arrays",
-            marks=pytest.mark.needs_patch("transformers.trainer_pt_utils:nested_numpify"),
-        ),
-        pytest.param(
-            lambda labels: pt_utils.nested_numpify(pt_utils.nested_truncate(labels, 2)),
-            id="cut",
-            marks=pytest.mark.needs_patch("transformers.trainer_pt_utils:nested_truncate"),
-        ),
-    ],
+@pytest.mark.needs_patch(
+    "transformers.trainer_pt_utils:nested_concat",
+    "transformers.trainer_pt_utils:nested_numpify",
+    "transformers.trainer_pt_utils:nested_truncate",
 )
-def test_packed_labels_become_what_padded_ones_do(convert):
+def test_packed_labels_become_what_padded_ones_do():
+    def converted(labels):
+        whole = pt_utils.nested_concat(labels, labels, padding_index=-100)
+        return [whole, pt_utils.nested_numpify(labels), pt_utils.nested_numpify(pt_utils.nested_truncate(labels, 2))]
+
     with stock():
-        expected = convert(padded_batch(rows(4))["labels"])
-    found = convert(packed_batch(rows(4))["labels"])
-    assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+        expected = converted(padded_batch(rows(4))["labels"])
+    for found, value in zip(converted(packed_batch(rows(4))["labels"]), expected, strict=True):
+        assert torch.equal(torch.as_tensor(found), torch.as_tensor(value))
 
 
 @pytest.mark.needs_patch("transformers.trainer_pt_utils:LabelSmoother.__call__")

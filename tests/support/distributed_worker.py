@@ -94,12 +94,13 @@ def received(batch: dict[str, Any]) -> list[Any]:
 KEYS = ("input_ids", "features")
 
 
-def dispatched(collate: Callable[[list[Row]], Any], count: int, split_batches: bool, drop_last: bool) -> Any:
-    world = PartialState().num_processes
-    loader = DataLoader(
-        Stream(numbered(count)), batch_size=2 * world if split_batches else 3, collate_fn=collate, drop_last=drop_last
-    )
-    prepared = prepare_data_loader(loader, split_batches=split_batches, dispatch_batches=True, put_on_device=True)
+def dispatched(packed: bool, count: int, *, split: bool = False, drop: bool = False, ordered: bool = False) -> Any:
+    collate = oracle.packed_batch if packed else padded_to_longest
+    if ordered:
+        collate = oracle.by_length(oracle.sorted_packed_batch if packed else collate)
+    size = 2 * PartialState().num_processes if split else 3
+    loader = DataLoader(Stream(numbered(count)), batch_size=size, collate_fn=collate, drop_last=drop)
+    prepared = prepare_data_loader(loader, split_batches=split, dispatch_batches=True, put_on_device=True)
     try:
         epochs = [[received(batch) for batch in prepared] for _ in range(2)]
     except TypeError as error:  # stock, too, cannot dispatch a data set that gives no batch at all
@@ -107,18 +108,10 @@ def dispatched(collate: Callable[[list[Row]], Any], count: int, split_batches: b
     return {"batches": epochs[0], "again": epochs[1] == epochs[0], "remainder": prepared.remainder}
 
 
-def dispatch(packed: bool, *, ordered: bool = False, **options: Any) -> Any:
-    collate = oracle.packed_batch if packed else padded_to_longest
-    if ordered:
-        collate = oracle.by_length(oracle.sorted_packed_batch if packed else collate)
-    return dispatched(collate, **options)
-
-
 def dispatch_grid() -> Iterator[tuple[str, Callable[[bool], Any]]]:
     for count, split, drop in itertools.product((12, 13, 14, 4), (False, True), (False, True)):
-        options = {"count": count, "split_batches": split, "drop_last": drop}
-        yield f"dispatch {count} split={split} drop={drop}", partial(dispatch, **options)
-    yield "dispatch sorted", partial(dispatch, ordered=True, count=13, split_batches=False, drop_last=False)
+        yield f"dispatch {count} split={split} drop={drop}", partial(dispatched, count=count, split=split, drop=drop)
+    yield "dispatch sorted", partial(dispatched, count=13, ordered=True)
 
 
 # --- the Trainer ----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence, pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 VOCABULARY, HIDDEN, PAD = 12, 8, 0
@@ -75,7 +75,7 @@ class Config(PretrainedConfig):
 
 
 class Backbone(PreTrainedModel):
-    """A GRU over token ids, packed or padded."""
+    """A GRU that gives padded tensors ``[B, T, HIDDEN]``, whatever it is given."""
 
     config_class = Config
 
@@ -85,24 +85,28 @@ class Backbone(PreTrainedModel):
         self.gru = nn.GRU(HIDDEN, HIDDEN, batch_first=True)
         self.post_init()
 
-    def states(self, input_ids: Any) -> Tensor:
-        """Return padded states ``[B, T, HIDDEN]``, whatever it is given."""
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> BaseModelOutput:
         if isinstance(input_ids, PackedSequence):
             steps, _ = self.gru(input_ids._replace(data=self.embedding(input_ids.data)))
-            return pad_packed_sequence(steps, batch_first=True)[0]
-        return self.gru(self.embedding(input_ids))[0]
+            return BaseModelOutput(pad_packed_sequence(steps, batch_first=True)[0])
+        return BaseModelOutput(self.gru(self.embedding(input_ids))[0])
 
 
-class CausalLM(Backbone):
+class CausalLM(PreTrainedModel):
+    config_class = Config
+    base_model_prefix = "backbone"  # which trl calls without the head
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        self.backbone = Backbone(config)
         self.lm_head = nn.Linear(HIDDEN, VOCABULARY)
+        self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 
     def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> CausalLMOutput:
-        return CausalLMOutput(logits=self.lm_head(self.states(input_ids)))
+        return CausalLMOutput(logits=self.lm_head(self.backbone(input_ids).last_hidden_state))
 
 
 class Scorer(Backbone):
@@ -114,7 +118,7 @@ class Scorer(Backbone):
         self.score = nn.Linear(HIDDEN, 1, bias=False)
 
     def forward(self, input_ids: Any, attention_mask: Tensor, **kwargs: Any) -> SequenceClassifierOutput:
-        states = self.states(input_ids)
+        states = super().forward(input_ids).last_hidden_state
         last = states[torch.arange(len(states)), attention_mask.sum(1) - 1]
         return SequenceClassifierOutput(logits=self.score(last))
 
@@ -132,7 +136,7 @@ class Sentence(Module):
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         real = features["attention_mask"].unsqueeze(-1)
-        states = self.backbone.states(features["input_ids"]) * real
+        states = self.backbone(features["input_ids"]).last_hidden_state * real
         return {**features, "sentence_embedding": states.sum(1) / real.sum(1)}
 
     def save(self, *args: Any, **kwargs: Any) -> None:
