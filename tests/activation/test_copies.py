@@ -77,9 +77,6 @@ def test_a_pickle_of_a_patched_function_holds_its_name_alone(protocol):
             assert pickle.loads(data) is function.__wrapped__
 
 
-# --- inspection -----------------------------------------------------------------------------------------
-
-
 def patched(patch: Patch) -> Any:
     """Return what stands in the place of a patch's target; None where that is not ours."""
     function = resolve(patch.module, patch.path)[1]

@@ -74,13 +74,6 @@ FUTURES = {
         problems=("nested_detach", "the self-test failed"),
         raises=("evaluate", "predict"),
     ),
-    "a field of ModelOutput renamed": Future(
-        "transformers",
-        tuple(
-            Edit(file, r"(?<![\w.])cache\b(?!_)|(?<=outputs\.)cache\b|(?<=self\.)cache\b", "kv_cache")
-            for file in ("modeling_outputs.py", "utils/generic.py", "generation/utils.py")
-        ),
-    ),
     "broadcast moved in accelerate": Future(
         "accelerate",
         (

@@ -255,9 +255,6 @@ def test_index_tensors_of_another_number_of_sequences_are_named(name, device):
             packed.check(sequences._replace(**{name: wrong.to(device)}), wait=False)
 
 
-# --- fields and sequences that do not fit together ------------------------------------------------------
-
-
 def test_indices_on_another_device_than_the_data_are_an_error_not_a_guess():
     sequences = pack_sequence([torch.arange(2), torch.arange(4)], enforce_sorted=False)
     away = sequences._replace(data=sequences.data.to("meta"))
@@ -286,9 +283,6 @@ def test_data_that_requires_gradients_becomes_no_array():
         container.get_arrays()
 
 
-# --- sequences of nothing -------------------------------------------------------------------------------
-
-
 def test_a_packed_sequence_may_hold_no_sequence():
     empty = PackedSequence(torch.ones(0, 2), torch.ones(0).long(), torch.ones(0).long())
     without_order = PackedSequence(torch.ones(0, 2), torch.ones(0).long())
@@ -303,9 +297,6 @@ def test_a_packed_sequence_may_hold_no_sequence():
         assert operations.gather(sequences).shape == (0, 0, 2)
     with pytest.raises(ValueError, match=r"must be int64 \[0\], one a sequence"):
         hf_packfix.batch_size(empty._replace(sorted_indices=torch.tensor([0])))
-
-
-# --- the collator ---------------------------------------------------------------------------------------
 
 
 def test_every_packed_sequence_of_a_mapping_is_looked_at():
@@ -330,8 +321,6 @@ def test_every_packed_sequence_of_a_mapping_is_looked_at():
     ):
         assert trees.check_batch(batch) is False
 
-
-# --- what an error names ----------------------------------------------------------------------------------
 
 INCONSISTENT = "in the batch: this PackedSequence is inconsistent: its batch_sizes sum to"
 

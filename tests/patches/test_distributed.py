@@ -133,9 +133,6 @@ def test_a_fully_sharded_model_trains_as_a_whole_one(results, name, tolerance):
         assert packed[-1] < packed[0]  # it learns
 
 
-# --- a process that fails -------------------------------------------------------------------------------
-
-
 def test_a_rank_that_fails_raises_its_own_error(tmp_path):
     (tmp_path / "fails.py").write_text("""
 import sys
@@ -155,9 +152,6 @@ oracle.new_trainer(sys.argv[1], oracle.Tagger, oracle.rows(), collate).train()
     result = launch(2, str(tmp_path / "fails.py"), str(tmp_path), PYTHONPATH=path)
     assert result.returncode != 0
     assert "LookupError: this is rank 1's own error" in result.stderr
-
-
-# --- one process ----------------------------------------------------------------------------------------
 
 
 def test_a_stream_in_one_process_reports_what_the_padded_one_does(tmp_path):

@@ -59,9 +59,6 @@ def states() -> set[str]:
     return {patch.state for patch in hf_packfix.status().patches if patch.target.startswith("torch.nn.modules.rnn:")}
 
 
-# --- the words ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", LAYERS)
 def test_off_unless_asked_for(kind):
     assert not is_fast(kind(3, 4))

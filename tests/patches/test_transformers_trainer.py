@@ -66,9 +66,6 @@ def test_a_wrapper_that_handles_tensors_handles_data(monkeypatch, where):
     hf_packfix.enable()
 
 
-# --- dataclasses ----------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass
 class Plain:
     x: Any
@@ -113,9 +110,6 @@ def test_other_dataclasses_come_out_as_from_stock():
         assert bare_trainer(META)._prepare_input(packed) is packed
     output = bare_trainer(META)._prepare_input(BaseModelOutput(last_hidden_state=some_packed()))  # a mapping
     assert output["last_hidden_state"].data.device == META
-
-
-# --- nn.DataParallel --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["train", "evaluate", "predict"])

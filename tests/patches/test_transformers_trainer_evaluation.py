@@ -201,9 +201,6 @@ def test_sequences_are_the_samples_of_a_data_set_without_a_length(tmp_path):
     assert counted == [len(data)]
 
 
-# --- subclasses -----------------------------------------------------------------------------------------
-
-
 class OwnPredictionStep(Trainer):
     """Overrides the step without calling ``super()`` and returns packed outputs."""
 
@@ -223,9 +220,6 @@ class OwnStepWithSuper(Trainer):
 @pytest.mark.parametrize("trainer", [OwnPredictionStep, OwnStepWithSuper])
 def test_subclasses_are_served(tmp_path, trainer):
     assert_evaluation_equals_padded(tmp_path, Tagger, rows(), trainer=trainer)
-
-
-# --- evaluation while training --------------------------------------------------------------------------
 
 
 def test_best_model_and_early_stopping_are_those_of_the_padded_run(tmp_path):
@@ -315,11 +309,11 @@ class WordsAndCharacters(PlainTagger):
         return super().forward(input_ids, labels)
 
 
-def words_and_characters(features, first="input_ids"):
+def words_and_characters(features):
     batch = packed_batch(features)
     words = int(batch["input_ids"].data.shape[0])
     batch["characters"] = pack_sequence([torch.ones(1 + n % 3) for n in range(words)], enforce_sorted=False)
-    return dict(sorted(batch.items(), key=lambda item: item[0] != first))
+    return batch
 
 
 def test_the_first_of_keys_with_different_numbers_of_sequences_has_the_rows(tmp_path):

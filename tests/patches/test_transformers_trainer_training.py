@@ -121,9 +121,6 @@ def test_a_batch_of_nothing_adds_no_items(tmp_path):
     assert int(count_items(trainer, [{"labels": nothing}, packed_batch(rows(5))])) == int(alone) > 0
 
 
-# --- counting -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.needs_patch("transformers.trainer:Trainer.floating_point_ops")
 def test_floating_point_operations_count_the_real_tokens(tmp_path):
     data = rows()

@@ -74,9 +74,6 @@ def test_installing_and_uninstalling_leaves_nothing_behind(tmp_path, editable):
     assert set(environment.site.iterdir()) == before
 
 
-# --- HF_PACKFIX=1 python train.py -----------------------------------------------------------------------
-
-
 #: For each way to start the program: the words before it, its arguments, ``HF_PACKFIX``, and how many processes train.
 WAYS = {
     "python": ([], [], "1", 1),
@@ -145,9 +142,6 @@ import hf_packfix; hf_packfix.enable()
     debug = installed.run("-c", code, "DEBUG", variable="1").stdout
     assert "hf_packfix DEBUG transformers.trainer:Trainer._prepare_input: applied" in debug
     assert installed.run("-c", code, "INFO", variable="1", env={"RANK": "1"}).stdout == ""
-
-
-# --- doctor ---------------------------------------------------------------------------------------------
 
 
 def doctor(installed, *arguments, **kwargs):

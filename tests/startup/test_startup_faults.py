@@ -277,8 +277,6 @@ def test_a_strange_trainer_module_fails_or_loads_as_without_us(environment, faul
     assert explicit(environment) == ""  # whoever wants no more than a model can be told nothing yet
 
 
-# --- files that are needed late -------------------------------------------------------------------------
-
 TRAINER = """
 class Trainer:
     def _prepare_input(self, data): self.args, self.is_deepspeed_enabled
@@ -299,8 +297,6 @@ def test_a_broken_file_that_is_needed_late_is_one_line(environment, name, first)
     program = f"import {', '.join(modules)}, sys; print('ran'); sys.exit(7)"
     check(environment, rf"SyntaxError: .* \({name.rpartition('/')[2]}, line 1\)", program)
 
-
-# --- nobody listens -------------------------------------------------------------------------------------
 
 FAULTS = {
     "none": lambda site: None,

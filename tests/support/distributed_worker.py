@@ -243,8 +243,6 @@ def broadcasting(packed: bool) -> Any:
     return [listed(packing.pad(tree["a"])), listed(packing.pad(tree["b"][0])), int(tree["b"][1])]
 
 
-# --- fully sharded --------------------------------------------------------------------------------------
-
 #: Whether this torch has `fully_shard`.
 FULLY_SHARDS = find_spec("torch.distributed.device_mesh") is not None
 

@@ -47,9 +47,6 @@ def logged(trainer: Any, processes: int = 1) -> list[dict[str, float]]:
     return oracle.logged(trainer)
 
 
-# --- import hooks of other packages ---------------------------------------------------------------------
-
-
 def hooks(file: str, layout: str, order: str, *packages: str) -> None:
     """Train beside an import hook of another package; write where the patches stand as well.
 
@@ -85,10 +82,8 @@ def put_in(package: str, directory: str) -> None:
         module.install_import_hook(INSTRUMENTED, None)
 
 
-# --- Ray Train, in two processes on the CPU -------------------------------------------------------------
-
-
 def ray(file: str, layout: str) -> None:
+    """Train with Ray Train in two processes on the CPU."""
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -117,11 +112,8 @@ def in_each_process(config: dict[str, Any]) -> None:
         write(config["file"], {"two processes": entries})
 
 
-# --- DeepSpeed, in two processes on the CPU if DS_ACCELERATOR is cpu ------------------------------------
-
-
 def deepspeed(file: str, layout: str) -> None:
-    """Train at every stage in both precisions; the first process writes the file."""
+    """Train at every stage in both precisions, on the CPU if ``DS_ACCELERATOR`` says so; the first process writes."""
     import torch
     from accelerate.state import AcceleratorState
 

@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,54 +26,26 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(tempfile.gettempdir()) / "hf_packfix_pythons"
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of the tests: what pip installs for it, and how pytest is called."""
-
-    requirements: tuple[str, ...]
-    arguments: tuple[str, ...]
-    variables: dict[str, str]
-
-
+#: The parts of the tests: what pip installs, the arguments of pytest, and environment variables.
 PARTS = {
     # No conftest: it imports torch. HF_PACKFIX=0: otherwise importing hf_packfix activates it, which requires
     # transformers. The tests set the variable themselves for the interpreters that they start.
-    "startup": Part(
-        ("pytest", "pytest-timeout"), ("--noconftest", "tests/startup/test_startup.py"), {"HF_PACKFIX": "0"}
+    "startup": (
+        ["pytest", "pytest-timeout"],
+        ["--noconftest", "tests/startup/test_startup.py"],
+        {"HF_PACKFIX": "0"},
     ),
-    "conformance": Part(
-        # Without the extra `test`: not all that it names has been released for the newest Python.
-        (str(ROOT), "pytest", "pytest-timeout"),
-        ("-m", "conformance", "tests/test_conformance.py", "tests/patches/test_drift.py"),
+    # Without the extra `test`: not all that it names has been released for the newest Python.
+    "conformance": (
+        [str(ROOT), "pytest", "pytest-timeout"],
+        ["-m", "conformance", "tests/test_conformance.py", "tests/patches/test_drift.py"],
         {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     ),
 }
 
 
-def environment(interpreter: str, part: str) -> Path:
-    """Return the Python of a virtual environment of an interpreter, with what a part of the tests requires."""
-    directory = CACHE / (re.sub(r"[^\w.]+", "-", interpreter).strip("-") + f"-{part}")
-    subprocess.run([interpreter, "-m", "venv", str(directory)], check=True)
-    python = directory / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*install, *PARTS[part].requirements], check=True)
-    return python
-
-
-def run(python: Path, interpreter: str, part: str) -> int:
-    """Run a part of the tests, print the versions that it runs on, and return the exit status of pytest."""
-    subprocess.run([str(python), "-VV"], check=True)
-    freeze = [str(python), "-m", "pip", "list", "--format=freeze", "--disable-pip-version-check"]
-    installed = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout
-    print(*re.findall(r"(?m)^(?:pytest|torch|transformers|accelerate|wrapt)==.*", installed), sep="\n", flush=True)
-    inherited = {key: value for key, value in os.environ.items() if key not in ("HF_PACKFIX", "PYTHONPATH")}
-    variables = {**inherited, **PARTS[part].variables, "HF_PACKFIX_TEST_PYTHON": interpreter}
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *PARTS[part].arguments]
-    return subprocess.run(command, cwd=ROOT, env=variables, check=False).returncode
-
-
 def main() -> int:
-    """Install what is missing, run the tests, and return the exit status of pytest."""
+    """Install what is missing, print the versions, run the tests, and return the exit status of pytest."""
     parser = argparse.ArgumentParser(description="run the start-up or conformance tests on any Python interpreter")
     parser.add_argument("interpreter", help="path or command, such as python3.15")
     parser.add_argument("--part", choices=list(PARTS), default="startup")
@@ -83,7 +54,20 @@ def main() -> int:
     if interpreter is None:
         parser.error(f"{options.interpreter} is not an interpreter; expected a path or a command, such as python3.15")
     interpreter = os.path.abspath(interpreter)
-    return run(environment(interpreter, options.part), interpreter, options.part)
+    requirements, arguments, variables = PARTS[options.part]
+    directory = CACHE / (re.sub(r"[^\w.]+", "-", interpreter).strip("-") + f"-{options.part}")
+    subprocess.run([interpreter, "-m", "venv", str(directory)], check=True)
+    python = str(directory / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+    pip = [python, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--quiet", *requirements], check=True)
+    subprocess.run([python, "-VV"], check=True)
+    freeze = [*pip, "list", "--format=freeze"]
+    installed = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout
+    print(*re.findall(r"(?m)^(?:pytest|torch|transformers|accelerate|wrapt)==.*", installed), sep="\n", flush=True)
+    inherited = {key: value for key, value in os.environ.items() if key not in ("HF_PACKFIX", "PYTHONPATH")}
+    variables = {**inherited, **variables, "HF_PACKFIX_TEST_PYTHON": interpreter}
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=variables, check=False).returncode
 
 
 if __name__ == "__main__":
