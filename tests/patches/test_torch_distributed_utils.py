@@ -8,8 +8,11 @@ import torch.distributed.utils
 
 from tests.support.packed_sequences import some_packed
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.distributed.utils, "_apply_to_tensors"), reason="torch 2.0 has no such function"
+)
 
-@pytest.mark.skipif(not hasattr(torch.distributed.utils, "_apply_to_tensors"), reason="torch 2.0 has no such function")
+
 @pytest.mark.needs_patch("torch.distributed.utils:_apply_to_tensors")
 def test_mixed_precision_of_fsdp_casts_the_data():
     from torch.distributed.utils import _apply_to_tensors
@@ -20,7 +23,6 @@ def test_mixed_precision_of_fsdp_casts_the_data():
     assert cast.data.dtype == torch.float16
 
 
-@pytest.mark.skipif(not hasattr(torch.distributed.utils, "_apply_to_tensors"), reason="torch 2.0 has no such function")
 def test_a_function_that_returns_nothing_leaves_the_packed_sequence():
     # FSDP also applies functions for what they do to a tensor, such as registering a hook.
     seen, packed = [], some_packed()
