@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -21,7 +20,7 @@ from transformers import Trainer
 import hf_packfix
 from tests.support import stuck
 from tests.support.distributed_worker import FULLY_SHARDS, numbered, scenarios
-from tests.support.installed import ROOT
+from tests.support.interpreters import ROOT, environment
 from tests.support.layouts import LAYOUTS
 from tests.support.oracle import Tagger, assert_training_equals_padded, padded_batch, rows, stock
 from tests.support.reports import Stream, assert_evaluation_equals_padded, assert_same_report, report
@@ -35,10 +34,9 @@ WORLDS = [2, 3]
 SECONDS = 200
 
 
-def launch(processes: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    env = {k: v for k, v in os.environ.items() if k != "HF_PACKFIX"}
-    env |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", **environment}
+    env = environment(measured=True) | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
     return stuck.run([*command, *arguments], seconds=SECONDS, env=env, cwd=ROOT)
 
 
@@ -148,8 +146,7 @@ def collate(features):
 
 oracle.new_trainer(sys.argv[1], oracle.Tagger, oracle.rows(), collate).train()
 """)
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    result = launch(2, str(tmp_path / "fails.py"), str(tmp_path), PYTHONPATH=path)
+    result = launch(2, str(tmp_path / "fails.py"), str(tmp_path))
     assert result.returncode != 0
     assert "LookupError: this is rank 1's own error" in result.stderr
 

@@ -26,20 +26,16 @@ PROGRAM = "import transformers, sys; print('ran'); sys.exit(7)"
 RAN = ("ran\n", 7)
 
 
-def stand_in(environment):
-    """Put a transformers of a tested version, with an empty Trainer, in the place of the real one."""
-    environment.write("transformers/__init__.py", "")
-    environment.write("transformers/trainer.py", "class Trainer: pass\n")
-    environment.write(f"{DIST_INFO}/METADATA", METADATA)
-    return environment
-
-
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
     environment = Environment(tmp_path_factory.mktemp("venv") / "venv").share_packages().unpack()
     for link in (environment.site.parent / "shared").glob("transformers*"):
         link.unlink()
-    return stand_in(environment)
+    # A transformers of a tested version, with an empty Trainer, in the place of the real one.
+    environment.write("transformers/__init__.py", "")
+    environment.write("transformers/trainer.py", "class Trainer: pass\n")
+    environment.write(f"{DIST_INFO}/METADATA", METADATA)
+    return environment
 
 
 @pytest.fixture
