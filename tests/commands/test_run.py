@@ -93,33 +93,27 @@ def write(folder, environment, program):
     environment.run("-c", compile_it, cwd=folder)
 
 
-def words_of(form, folder, program):
-    return [word.replace("{folder}", str(folder)).replace("{program}", program) for word in FORMS[form]]
-
-
-def both(environment, folder, program, words, *, flags=(), **options):
-    """Return what Python makes of a program, and what ``hf-packfix run`` does: output, errors, exit status."""
-    options = {"cwd": folder, "input": program} | options
-    plain = environment.run(*flags, *words, **options)
-    ours = environment.run(*flags, *RUN, *words, **options)
-    # Python shows the frames of runpy for `-m`, folders and zip files; addresses differ from run to run.
-    varies = re.compile(r'  File "[^"]*runpy(\.py|>)", line .*\n(    .*\n)*| at 0x[0-9a-f]+')
-    return [(result.stdout, varies.sub("", result.stderr), result.returncode) for result in (plain, ours)]
-
-
-def without_pipe(output):
-    """Return what was printed without the folder of a pipe, which holds no modules and has several names."""
-    return re.sub(r"'/(dev|dev/fd|proc/\w+/fd)'", "", output)
+def as_under_python(environment, folder, form, program, *arguments, flags=()):
+    """Check that ``hf-packfix run`` makes of a program what Python does; return output, errors and exit status."""
+    write(folder, environment, program)
+    words = [word.replace("{folder}", str(folder)).replace("{program}", program) for word in FORMS[form]]
+    found = []
+    for command in ([], RUN):
+        result = environment.run(*flags, *command, *words, *arguments, cwd=folder, input=program)
+        # The folder of a pipe holds no modules and has several names. Python shows the frames of runpy for `-m`,
+        # folders and zip files; addresses differ from run to run.
+        output = re.sub(r"'/(dev|dev/fd|proc/\w+/fd)'", "", result.stdout)
+        varies = r'  File "[^"]*runpy(\.py|>)", line .*\n(    .*\n)*| at 0x[0-9a-f]+'
+        found.append((output, re.sub(varies, "", result.stderr), result.returncode))
+    assert found[1] == found[0]
+    return found[0]
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_program_sees_what_it_sees_under_python(environment, folder, form):
-    write(folder, environment, SHOWS)
-    words = [*words_of(form, folder, SHOWS), "-m", "--help", "x"]
-    plain, ours = both(environment, folder, SHOWS, words)
-    assert (plain[1], plain[2]) == ("", 0)
-    assert "thread Mine True\natexit Mine True" in plain[0]
-    assert (without_pipe(ours[0]), *ours[1:]) == (without_pipe(plain[0]), *plain[1:])
+    output, *rest = as_under_python(environment, folder, form, SHOWS, "-m", "--help", "x")
+    assert rest == ["", 0]
+    assert "thread Mine True\natexit Mine True" in output
 
 
 # `-m` does not find the program where Python does not look in the working directory.
@@ -134,10 +128,7 @@ def test_options_of_python_mean_what_they_mean_under_python(environment, folder,
     if flags == ["-P"] and "unknown option" in environment.run("-P", "-c", "").stderr.lower():
         pytest.skip("this Python has no -P")
     program = "import sys; print(sys.path, sys.flags, __debug__)"
-    write(folder, environment, program)
-    plain, ours = both(environment, folder, program, words_of(form, folder, program), flags=flags)
-    assert ours == plain
-    assert plain[1:] == ("", 0)
+    assert as_under_python(environment, folder, form, program, flags=flags)[1:] == ("", 0)
 
 
 #: Programs that end in every way.
@@ -171,10 +162,7 @@ ENDS = {
     ],
 )
 def test_a_program_ends_as_under_python(environment, folder, end, form):
-    program = ENDS[end]
-    write(folder, environment, program)
-    plain, ours = both(environment, folder, program, words_of(form, folder, program))
-    assert ours == plain
+    as_under_python(environment, folder, form, ENDS[end])
 
 
 @pytest.mark.parametrize("source", [b"x = 1\0", b"x = '\xff'", b"# coding: nowhere"])
@@ -188,9 +176,7 @@ def test_a_file_that_python_cannot_read(environment, folder, source):
 
 def test_a_package_that_fails_fails_as_under_python(environment, folder):
     (folder / "package/__init__.py").write_text("import no_such_module")
-    plain, ours = both(environment, folder, "", ["-m", "package.program"])
-    assert ours == plain
-    assert "No module named 'no_such_module'" in ours[1]
+    assert "No module named 'no_such_module'" in as_under_python(environment, folder, "-m", "")[1]
 
 
 def test_after_the_program_its_names_are_there(environment, folder):
@@ -214,9 +200,9 @@ def test_the_plugin_is_on_whatever_the_variable_says(environment, variable, valu
 @pytest.mark.parametrize("end", ["print('done')", "1 / 0", "raise SystemExit(3)"])
 def test_the_status_of_a_program_when_it_has_ended(environment, folder, end):
     program = f"import atexit; atexit.register(lambda: print('end', file=__import__('sys').stderr)); {end}"
-    plain, ours = both(environment, folder, program, ["-c", program])
+    plain = as_under_python(environment, folder, "-c", program)
     result = environment.run(*RUN, "--status", "-c", program)
-    assert ours == plain == (result.stdout, plain[1], result.returncode)
+    assert (result.stdout, result.returncode) == (plain[0], plain[2])
     before, _, status = result.stderr.partition("\nhf_packfix is enabled: activated by hf-packfix run\n")
     assert before.splitlines()[-1] == "end"
     assert "pending        transformers.trainer:Trainer._prepare_input\n" in status
