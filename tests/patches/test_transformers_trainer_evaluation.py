@@ -223,21 +223,10 @@ def test_subclasses_are_served(tmp_path, trainer):
 
 
 def test_best_model_and_early_stopping_are_those_of_the_padded_run(tmp_path):
-    found, expected = assert_training_equals_padded(
-        tmp_path,
-        Tagger,
-        rows(),
-        tolerance=1e-4,
-        options={"compute_metrics": accuracy, "callbacks": [EarlyStoppingCallback(1)]},
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="accuracy",
-        num_train_epochs=8,
-        learning_rate=0.2,
-    )
+    options = {"options": {"compute_metrics": accuracy, "callbacks": [EarlyStoppingCallback(1)]}, "learning_rate": 0.2}
+    options |= dict.fromkeys(("eval_strategy", "save_strategy"), "steps") | {"eval_steps": 2, "save_steps": 2}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "num_train_epochs": 8}
+    found, expected = assert_training_equals_padded(tmp_path, Tagger, rows(), tolerance=1e-4, **options)
     evaluated = [[entry for entry in logged(run.trainer) if "eval_loss" in entry] for run in (found, expected)]
     assert len(evaluated[0]) == len(evaluated[1]) > 1
     for left, right in zip(*evaluated, strict=True):

@@ -73,56 +73,46 @@ class SignatureAlone(PlainTagger):
         return {"logits": torch.zeros(len(inputs))}
 
 
-CASES: dict[str, tuple[Callable[..., Any], list[str], list[str] | None, str]] = {
+#: The model's ``forward``, the keys of the batch, what the warning says, and ``label_names`` if they are given.
+CASES: dict[str, tuple[Any, ...]] = {
     # What the model does not take is the target.
-    "taken out by the Trainer": (lambda x, mask=None: None, ["x", "mask", "gold"], None, "name the target: .*'gold'"),
-    "a required parameter": (lambda x, gold: None, ["x", "gold"], None, "if 'gold' is the target, name it: .*'gold'"),
-    "two of them": (
-        lambda x, a=None, b=None: None,
-        ["x", "a", "b"],
-        None,
-        r"if 'a' or 'b' is the target, name it: .*label_names=\['b'\]",
-    ),
+    "taken out by the Trainer": (lambda x, mask=None: None, "x mask gold", "name the target: .*'gold'"),
+    "a required parameter": (lambda x, gold: None, "x gold", "if 'gold' is the target, name it: .*'gold'"),
+    "two of them": (lambda x, a=None, b=None: None, "x a b", r"if 'a' or 'b' is the target, name it: .*=\['b'\]"),
     "beside inputs that one may leave out": (
         lambda x, gold=None, token_type_ids=None, inputs_embeds=None: None,
-        ["x", "token_type_ids", "inputs_embeds", "gold"],
-        None,
+        "x token_type_ids inputs_embeds gold",
         r"name the target: .*label_names=\['gold'\]",
     ),
-    "the target first": (lambda x, targets: None, ["targets", "x"], None, r"name the target: .*\['targets'\]"),
-    "the main input last": (
-        lambda gold=None, attention_mask=None, x=None: None,
-        ["gold", "x"],
-        None,
-        r"name the target: .*\['gold'\]",
-    ),
+    "the target first": (lambda x, targets: None, "targets x", r"name the target: .*\['targets'\]"),
+    "the main input last": (lambda gold=None, x=None: None, "gold x", r"name the target: .*\['gold'\]"),
     "positions": (
         lambda x, **kwargs: None,
-        ["x", "start_positions", "end_positions"],
-        ["labels"],
+        "x start_positions end_positions",
         r"label_names is \['labels'\], .* name the target: .*label_names=\['start_positions', 'end_positions'\]",
+        ["labels"],
     ),
     "one of two names": (
         lambda x, labels=None, next_label=None: None,
-        ["x", "labels"],
-        ["labels", "next_label"],
+        "x labels",
         r"label_names is \['labels', 'next_label'\], .* name the target: .*label_names=\['labels'\]",
+        ["labels", "next_label"],
     ),
-    "no target": (lambda x: None, ["x"], None, "none of them looks like a target: let the collator return it"),
-    "a model of any keys": (lambda **kwargs: None, ["x", "more"], None, "if 'more' is the target"),
-    "no signature": (type, ["x", "gold"], None, "if 'gold' is the target, name it"),
+    "no target": (lambda x: None, "x", "none of them looks like a target: let the collator return it"),
+    "a model of any keys": (lambda **kwargs: None, "x more", "if 'more' is the target"),
+    "no signature": (type, "x gold", "if 'gold' is the target, name it"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_which_key_is_advised(tmp_path, case):
-    forward, keys, names, message = CASES[case]
+    forward, keys, message, *label_names = CASES[case]
 
     def collate(features: list[Row]) -> Any:
         packed = packed_batch(features)
-        return {key: packed["input_ids"] if key == "x" else torch.ones(len(features)) for key in keys}
+        return {key: packed["input_ids"] if key == "x" else torch.ones(len(features)) for key in keys.split()}
 
-    options = {"remove_unused_columns": False} | ({} if names is None else {"label_names": names})
+    options = {"remove_unused_columns": False} | ({"label_names": label_names[0]} if label_names else {})
     trainer = new_trainer(tmp_path, SignatureAlone, rows(4), collate, **options)
     trainer.model.forward = forward
     if case == "the main input last":

@@ -154,25 +154,11 @@ def test_input_tokens_seen_are_the_sum_of_the_lengths(tmp_path, mode, with_mask,
     if with_mask:
         data = [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in data]
     tokenizer = SimpleNamespace(pad_token_id=0, model_input_names=["input_ids"], save_pretrained=None)
-    options = {"processing_class": tokenizer} if with_tokenizer else {}
-    run = train(
-        tmp_path,
-        WatchingTagger,
-        data,
-        lambda features: wrap(packed_batch(features)),
-        options=options,
-        include_num_input_tokens_seen=mode,
-    )
+    options: dict[str, Any] = {"options": {"processing_class": tokenizer} if with_tokenizer else {}}
+    options["include_num_input_tokens_seen"] = mode
+    run = train(tmp_path, WatchingTagger, data, lambda features: wrap(packed_batch(features)), **options)
     assert run.trainer.model.fed == {PackedSequence}
     assert run.state.num_input_tokens_seen == 2 * sum(len(row["input_ids"]) for row in data)
     with stock():  # one row a batch has no padding, so stock counts the same in every mode
-        alone = train(
-            tmp_path,
-            Tagger,
-            rows(),
-            padded_batch,
-            options=options,
-            include_num_input_tokens_seen=mode,
-            per_device_train_batch_size=1,
-        )
+        alone = train(tmp_path, Tagger, rows(), padded_batch, per_device_train_batch_size=1, **options)
     assert alone.state.num_input_tokens_seen == run.state.num_input_tokens_seen

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 _logged: list[str] = []
@@ -94,18 +95,9 @@ def _models(collate: Callable[[Any], Any]) -> Numbers:
     oracle.torch.manual_seed(0)
     language = models.RecurrentForCausalLM(models.RecurrentConfig("gru", **ids))
     translator = models.RecurrentEncoderDecoder(models.RecurrentEncoderDecoderConfig("gru", **ids))
-    trainer = oracle.new_trainer(
-        tempfile.mkdtemp(), language, data, collate, label_smoothing_factor=0.1, gradient_accumulation_steps=2
-    )
-    seq2seq = oracle.new_trainer(
-        tempfile.mkdtemp(),
-        translator,
-        data,
-        collate,
-        trainer=Seq2SeqTrainer,
-        predict_with_generate=True,
-        label_smoothing_factor=0.1,
-    )
+    new = partial(oracle.new_trainer, tempfile.mkdtemp(), data=data, collate=collate, label_smoothing_factor=0.1)
+    trainer = new(model=language, gradient_accumulation_steps=2)
+    seq2seq = new(model=translator, trainer=Seq2SeqTrainer, predict_with_generate=True)
     seq2seq.model.generation_config.max_length = 8
     found = seq2seq.predict(data)
     return {**_trained(trainer), "generated": _arrays([found.predictions]), "loss": found.metrics["test_loss"]}
