@@ -59,9 +59,10 @@ def without_us(tmp_path_factory, environment):
     return without
 
 
-def copy(environment, directory):
-    """Return a new virtual environment of the same Python, with the same site-packages."""
-    fresh = Environment(directory, str(environment.python))
+@pytest.fixture
+def fresh(environment, tmp_path):
+    """A copy of the environment: the same Python, the same site-packages."""
+    fresh = Environment(tmp_path / "venv", str(environment.python))
     shutil.copytree(environment.site, fresh.site, dirs_exist_ok=True)
     return fresh
 
@@ -292,9 +293,8 @@ if __name__ == "__main__":
 # --- what can be wrong ----------------------------------------------------------------------------------
 
 
-def broken(environment, tmp_path, change):
-    """Run the program in a copy of the environment's site-packages after ``change`` to it."""
-    fresh = copy(environment, tmp_path / "venv")
+def broken(fresh, change):
+    """Run a program after ``change`` to its environment."""
     change(fresh)
     return fresh.run("-c", "import transformers; print('ran')", variable="1")
 
@@ -311,9 +311,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_one_line_on_stderr(environment, tmp_path, fault):
+def test_a_fault_is_one_line_on_stderr(fresh, fault):
     change, message = FAULTS[fault]
-    result = broken(environment, tmp_path, change)
+    result = broken(fresh, change)
     assert (result.stdout, result.returncode) == ("ran\n", 0)
     (line,) = set(result.stderr.splitlines())
     assert line.startswith("hf_packfix: ")
@@ -335,15 +335,15 @@ def test_a_fault_is_one_line_on_stderr(environment, tmp_path, fault):
         ("hf_packfix_auto.start", b"\xff"),
     ],
 )
-def test_a_damaged_start_up_file_stops_nothing(environment, tmp_path, name, content):
-    result = broken(environment, tmp_path, lambda e: e.write(name, content))
+def test_a_damaged_start_up_file_stops_nothing(fresh, name, content):
+    result = broken(fresh, lambda e: e.write(name, content))
     assert (result.stdout, result.returncode) == ("ran\n", 0)
 
 
-def test_a_missing_boot_module_is_named(environment, tmp_path):
-    result = broken(environment, tmp_path, lambda e: (e.site / "_hf_packfix_boot.py").unlink())
+def test_a_missing_boot_module_is_named(fresh):
+    result = broken(fresh, lambda e: (e.site / "_hf_packfix_boot.py").unlink())
     assert (result.stdout, result.returncode) == ("ran\n", 0)
-    if version(environment) >= (3, 15):
+    if version(fresh) >= (3, 15):
         # Python resolves the entry point of the `.start` file before any code of ours runs, and reports it itself.
         assert "_hf_packfix_boot:start" in result.stderr.splitlines()[0]
         assert "ModuleNotFoundError: No module named '_hf_packfix_boot'" in result.stderr
@@ -353,9 +353,9 @@ def test_a_missing_boot_module_is_named(environment, tmp_path):
         assert "_hf_packfix_boot.py is gone" in line
 
 
-def test_a_broken_transformers_fails_as_without_us(environment, tmp_path):
+def test_a_broken_transformers_fails_as_without_us(fresh):
     raising = "raise RuntimeError('theirs')"
-    result = broken(environment, tmp_path, lambda e: e.write("transformers/__init__.py", raising))
+    result = broken(fresh, lambda e: e.write("transformers/__init__.py", raising))
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == "RuntimeError: theirs"
 
@@ -392,9 +392,8 @@ FLAGS = pytest.mark.parametrize("flags", [(), ("-W", "error", "-X", "dev")], ids
 
 @FLAGS
 @pytest.mark.parametrize(("kept", "deleted"), [(".pth", ".start"), (".start", ".pth")], ids=RUN)
-def test_one_start_up_file_without_the_other(environment, tmp_path, kept, deleted, flags):
+def test_one_start_up_file_without_the_other(fresh, kept, deleted, flags):
     """A Python that does not know the kept file runs the program as if we were not installed."""
-    fresh = copy(environment, tmp_path / "venv")
     (fresh.site / f"hf_packfix_auto{deleted}").unlink()
     expected = ACTIVATED if RUN[kept](version(fresh)) else UNTOUCHED
     for variable, printed in [("1", expected), ("0", UNTOUCHED), (None, UNTOUCHED)]:
@@ -407,9 +406,8 @@ def test_one_start_up_file_without_the_other(environment, tmp_path, kept, delete
 
 
 @FLAGS
-def test_both_start_up_files_activate_once(environment, tmp_path, flags):
+def test_both_start_up_files_activate_once(fresh, flags):
     """Python 3.15 and newer ignore the import line of the `.pth`; older ones do not know the `.start` file."""
-    fresh = copy(environment, tmp_path / "venv")
     fresh.write("counted.py", "path_file, start = [], []\n")
     line = (STARTUP / "hf_packfix_auto.pth").read_text(encoding="ascii")
     fresh.write("hf_packfix_auto.pth", f"import counted; counted.path_file.append(1); {line}")
@@ -426,9 +424,8 @@ def test_both_start_up_files_activate_once(environment, tmp_path, flags):
         assert counts in ("1 1", "2 2")
 
 
-def test_a_start_file_alone_does_the_same(environment, tmp_path):
+def test_a_start_file_alone_does_the_same(fresh):
     """Do by hand what Python 3.15 does with the `.start` file, so that every Python checks it."""
-    fresh = copy(environment, tmp_path / "venv")
     (fresh.site / "hf_packfix_auto.pth").unlink()
     start = "import pkgutil; pkgutil.resolve_name('_hf_packfix_boot:start')()\n"
     assert fresh.run("-c", start + USES, variable="1").stdout == ACTIVATED

@@ -136,15 +136,9 @@ def report(packed: bool, streaming: bool = False, **changes: Any) -> dict[str, A
         return oracle.accuracy(prediction)
 
     with tempfile.TemporaryDirectory() as directory:
-        trainer = oracle.new_trainer(
-            Path(directory),
-            oracle.Tagger,
-            data,
-            collate,
-            options={"compute_metrics": metrics},
-            use_cpu=ON_CPU,
-            **({"max_steps": 4} if streaming else {}) | COUNTS_TOKENS | changes,
-        )
+        options = {"options": {"compute_metrics": metrics}, "use_cpu": ON_CPU} | COUNTS_TOKENS | changes
+        options |= {"max_steps": 4} if streaming else {}
+        trainer = oracle.new_trainer(Path(directory), oracle.Tagger, data, collate, **options)
         if streaming:
             trainer.train_dataset = trainer.eval_dataset = Stream(data)
         if COUNTS_TOKENS and not packed:

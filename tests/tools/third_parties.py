@@ -108,13 +108,8 @@ def check_doctor(fresh: Environment) -> list[tuple[str, str, bool]]:
     imports = [word for module in TRAINERS for word in ("--import", module)]
     done = fresh.run("-m", "hf_packfix", "doctor", "--json", *imports, env={"HF_HUB_OFFLINE": "1"}, variable="1")
     report = json.loads(done.stdout) if done.stdout else {"problems": [done.stderr], "trainers": {}}
-    rows = [
-        (
-            "doctor",
-            f"{len(report['trainers'])} Trainers; problems: {report['problems'] or 'none'}",
-            not done.returncode,
-        )
-    ]
+    text = f"{len(report['trainers'])} Trainers; problems: {report['problems'] or 'none'}"
+    rows = [("doctor", text, not done.returncode)]
     for module, expected in TRAINERS.items():
         found = {name: report["trainers"].get(name) for name in expected}
         rows.append((f"doctor --import {module}", json.dumps(found), found == expected))
