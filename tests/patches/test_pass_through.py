@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,18 +21,6 @@ from tests.support.packed_sequences import some_packed
 RESULT = object()
 
 
-class Original:
-    """Stands for any function upstream, and remembers what it was called with."""
-
-    def __init__(self, result: Any) -> None:
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.result = result
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append((args, kwargs))
-        return self.result
-
-
 class Untouchable:
     """Stands for any object of upstream, none of whose attributes may be read."""
 
@@ -42,18 +31,19 @@ class Untouchable:
 def assert_passed_on(patch: Patch, batch: Any) -> None:
     """Call the wrapper with ``batch`` as every argument but ``self``."""
     # One looks into what the original returns: batches and their items.
-    original = Original({"Trainer.get_batch_samples": ([RESULT], None)}.get(patch.path, RESULT))
+    expected = {"Trainer.get_batch_samples": ([RESULT], None)}.get(patch.path, RESULT)
+    original = mock.Mock(return_value=expected)
     arguments = [Untouchable() if name in ("self", "model") else batch for name in patch.parameters]
     result = patch.make(original, patch)(*arguments)
-    ((args, kwargs),) = original.calls
-    received = [*args, *kwargs.values()][: len(arguments)]
+    original.assert_called_once()
+    received = [*original.call_args.args, *original.call_args.kwargs.values()][: len(arguments)]
     counts_inline = not is_active("transformers.trainer:Trainer._get_num_items_in_batch")
     if patch.path == "Trainer.get_batch_samples" and patch.active and counts_inline:
         # It wraps the iterator, and returns the batches that came from it: this original reads none.
         assert result == ([], None)
         return
     assert all(got is given for got, given in zip(received, arguments, strict=True)), patch.target
-    assert result == original.result
+    assert result == expected
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.path)
