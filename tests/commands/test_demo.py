@@ -47,21 +47,16 @@ def test_accuracy_and_what_packing_saves(tmp_path, seed):
     assert (tmp_path / "out/model/model.safetensors").exists()
 
 
-def test_the_output_is_short(tmp_path):
-    result = demo(tmp_path, "--epochs", "2")
+def test_the_output_is_short_and_without_a_picture_if_so_asked(tmp_path):
+    result = demo(tmp_path, "--epochs", "2", "--no-plot")
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 11
+    assert len(result.stdout.splitlines()) == 10
+    assert not (tmp_path / "demo_output/demo.png").exists()
     assert "{" not in result.stdout
     bars = re.split(r"[\r\n]+", result.stderr)
     assert [line for line in bars if line.strip("\x1b[A ") and "%|" not in line] == []
     assert any(line.startswith("training, packed and padded in turns: 100%") for line in bars)
     assert [line for line in bars if re.match(r"\s*\d+%", line)] == []  # every bar has a name
-
-
-def test_no_plot_writes_no_picture(tmp_path):
-    result = demo(tmp_path, "--epochs", "1", "--no-plot")
-    assert result.returncode == 0, result.stderr
-    assert not (tmp_path / "demo_output/demo.png").exists()
 
 
 @pytest.mark.parametrize(
