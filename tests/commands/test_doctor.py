@@ -37,8 +37,9 @@ def report_on(tmp_path, monkeypatch):
 
 
 def test_a_trainer_that_cannot_be_imported(report_on, monkeypatch):
-    monkeypatch.setattr(doctor.importlib, "import_module", lambda name: 1 / 0)
-    report = report_on("mine")
+    with monkeypatch.context() as broken:
+        broken.setattr(doctor.importlib, "import_module", lambda name: 1 / 0)
+        report = report_on("mine")
     (problem,) = report.problems
     assert problem.startswith("the Trainer cannot be imported: ")
     assert report.selftest == "skipped: the Trainer cannot be imported"
@@ -233,13 +234,27 @@ def test_the_variable_of_the_fast_layers(monkeypatch, capsys, value, line, probl
     assert [said for said in text if said.startswith("problem: ")] == [f"problem: {problem}" for problem in problems]
 
 
+OVERRIDES = """
+from transformers import Trainer
+class Mine(Trainer):
+    def get_batch_samples(self, epoch_iterator, *args): return list(epoch_iterator), None
+    def _prepare_input(self, data): return data
+"""
+CASTS = """
+import torch
+from transformers import Trainer
+class Casts(Trainer):
+    def _prepare_inputs(self, inputs):
+        return {k: v.half() if torch.is_tensor(v) else v for k, v in super()._prepare_inputs(inputs).items()}
+class Plain(Trainer):
+    def training_step(self, *args): return super().training_step(*args)
+def nested_detach(tensors): return tensors.detach()
+from transformers.trainer_pt_utils import nested_concat
+"""
+
+
 def test_a_method_that_needs_no_patch_here_is_nothing_to_warn_of(report_on):
-    Path("overrides.py").write_text(
-        "from transformers import Trainer\n"
-        "class Mine(Trainer):\n"
-        "    def get_batch_samples(self, epoch_iterator, *args): return list(epoch_iterator), None\n"
-        "    def _prepare_input(self, data): return data\n"
-    )
+    Path("overrides.py").write_text(OVERRIDES)
     report = report_on("overrides")
     states = {patch.target: patch.state for patch in report.status.patches}
     acts = states["transformers.trainer:Trainer.get_batch_samples"] == "applied"  # up to 5.2
@@ -250,18 +265,7 @@ def test_a_method_that_needs_no_patch_here_is_nothing_to_warn_of(report_on):
 
 
 def test_what_is_done_to_tensors_apart(report_on):
-    Path("casts.py").write_text(
-        "import torch\n"
-        "from transformers import Trainer\n"
-        "class Casts(Trainer):\n"
-        "    def _prepare_inputs(self, inputs):\n"
-        "        inputs = super()._prepare_inputs(inputs)\n"
-        "        return {k: v.half() if torch.is_tensor(v) else v for k, v in inputs.items()}\n"
-        "class Plain(Trainer):\n"
-        "    def training_step(self, *args): return super().training_step(*args)\n"
-        "def nested_detach(tensors): return tensors.detach()\n"
-        "from transformers.trainer_pt_utils import nested_concat\n"
-    )
+    Path("casts.py").write_text(CASTS)
     report = report_on("casts")
     assert report.healthy
     cast, copy = report.warnings

@@ -93,9 +93,7 @@ def test_the_trainer_reports_what_the_padded_run_reports(results, name):
         assert packed["samples"] == padded["samples"]
         # Without a length, stock counts what this process alone has seen.
         assert packed["samples"] == [13] or name.startswith("streaming")
-        for key in ("losses", "grad_norms", "eval_loss", "accuracy"):
-            close(packed[key], padded[key])
-        for key in ("predictions", "label_ids"):
+        for key in ("losses", "grad_norms", "eval_loss", "accuracy", "predictions", "label_ids"):
             close(packed[key], padded[key])
         assert len(packed["seen"]) == len(padded["seen"]) > 0
         for ours, theirs in zip(packed["seen"], padded["seen"], strict=True):
