@@ -31,13 +31,13 @@ PARTS = {
     # No conftest: it imports torch. HF_PACKFIX=0: otherwise importing hf_packfix activates it, which requires
     # transformers. The tests set the variable themselves for the interpreters that they start.
     "startup": (
-        ["pytest", "pytest-timeout"],
+        ["pytest", "pytest-timeout", "pytest-xdist"],
         ["--noconftest", "tests/startup/test_startup.py"],
         {"HF_PACKFIX": "0"},
     ),
     # Without the extra `test`: not all that it names has been released for the newest Python.
     "conformance": (
-        [str(ROOT), "pytest", "pytest-timeout"],
+        [str(ROOT), "pytest", "pytest-timeout", "pytest-xdist"],
         ["-m", "conformance", "tests/test_conformance.py", "tests/patches/test_drift.py"],
         {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     ),
