@@ -51,7 +51,7 @@ Sequences = list[list[int]]
 # --- any PackedSequence with one field spoilt -----------------------------------------------------------
 
 
-#: What is done to a field, given a number to draw: a place of the field, or a value.
+#: What is done to a field; ``draw`` returns an integer from its first argument to its second one.
 CHANGES: list[Callable[[Callable[..., int], torch.Tensor], torch.Tensor]] = [
     lambda draw, field: field.index_fill(0, torch.tensor(draw(0, len(field) - 1)), draw(-2, 8)),
     lambda draw, field: field[: draw(0, len(field) - 1)],
