@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import json
 import os
 import re
@@ -70,7 +71,6 @@ def check(wheel: Path, distribution: str, version: Version) -> list[Finding]:
     from hf_packfix.rnn.coverage import LEANS_ON
 
     findings = []
-    _trees.clear()
     with zipfile.ZipFile(wheel) as archive:
         for patch in PATCHES + FIRST_USE + FAST_RNN:
             if patch.module.split(".")[0] == distribution:
@@ -137,18 +137,13 @@ def _has_word(node: ast.AST, word: str) -> bool:
     return any(word in (getattr(part, key, None) for key in ("attr", "id", "name")) for part in ast.walk(node))
 
 
-_trees: dict[tuple[str | None, str], ast.Module] = {}
-
-
+@functools.lru_cache(100)  # about as many as one release has
 def _parsed(archive: zipfile.ZipFile, module: str) -> ast.Module | None:
     """Return the source of a module, of an extension its stub; None if there is neither."""
     file = module.replace(".", "/")
     for end in (".py", "/__init__.py", ".pyi", "/__init__.pyi"):
-        key = archive.filename, file + end
-        if key[1] in archive.NameToInfo:
-            if key not in _trees:
-                _trees[key] = ast.parse(archive.read(key[1]))
-            return _trees[key]
+        if file + end in archive.NameToInfo:
+            return ast.parse(archive.read(file + end))
     return None
 
 
