@@ -205,9 +205,10 @@ def outcome(use: Callable[[PackedSequence], Any], packed: PackedSequence) -> Any
 
 # --- spoilt batches in a Trainer ------------------------------------------------------------------------
 
-#: A few, since the test above has them all.
+#: A few, since the test above has every kind.
 SPOILT: dict[str, Callable[[PackedSequence], dict[str, torch.Tensor | None]]] = {
     "batch_sizes leave out the last row": lambda p: {"batch_sizes": shortened(p.batch_sizes)},
+    "batch_sizes increase": lambda p: {"batch_sizes": p.batch_sizes.flip(0)},
     "indices contradict": lambda p: {"sorted_indices": p.sorted_indices.roll(1)},
     "one index tensor": lambda p: {"sorted_indices": None},
 }
