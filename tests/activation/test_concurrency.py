@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 
 import pytest
 
-from tests.support.interpreters import TRAINS, execute, train
+from tests.support.interpreters import TRAINS, execute, python, train
 
 pytestmark = pytest.mark.slow  # starts many processes
 
@@ -151,6 +152,42 @@ for thread in threads:
     thread.join()
 """
     )
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_a_child_trains_on_packed_sequences(tmp_path, method):
+    # From a file, which `spawn` imports again: that is where the child is activated.
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import sys
+import hf_packfix
+import multiprocessing, torch
+from tests.support.oracle import PlainTagger, packed_batch, padded_batch, rows, train
+
+def child(queue, expected, folder):
+    torch.set_num_threads(1)
+    assert hf_packfix.is_enabled()
+    run = train(folder, PlainTagger, rows(6), packed_batch, num_train_epochs=1)
+    torch.testing.assert_close(run.losses, expected, rtol=2e-5, atol=2e-5)
+    queue.put(len(run.losses))
+
+if __name__ == "__main__":
+    folder, method = sys.argv[1:]
+    torch.set_num_threads(1)
+    expected = train(folder, PlainTagger, rows(6), padded_batch, num_train_epochs=1).losses
+    context = multiprocessing.get_context(method)
+    queue = context.SimpleQueue()
+    process = context.Process(target=child, args=(queue, expected, folder))
+    process.start()
+    process.join(200)
+    assert process.exitcode == 0, process.exitcode
+    assert queue.get() == len(expected) == 2
+"""
+    )
+    # Of its own, so that a hanging child is a failure and not a hanging test.
+    result = python(program, tmp_path, method)
+    assert result.returncode == 0, result.stderr
 
 
 # --- imports in threads ---------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from tests.support.oracle import (
     compiles,
     counted_samples,
     logged,
+    new_model,
     new_trainer,
     packed_batch,
     padded_batch,
@@ -234,6 +235,35 @@ def test_best_model_and_early_stopping_are_those_of_the_padded_run(tmp_path):
     assert found.state.best_metric == pytest.approx(expected.state.best_metric)
     assert found.state.global_step == expected.state.global_step < 40  # it did stop early
     assert found.state.best_model_checkpoint.split("-")[-1] == expected.state.best_model_checkpoint.split("-")[-1]
+
+
+def test_a_hyperparameter_search_finds_what_the_padded_one_finds(tmp_path):
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def search(directory, collate):
+        trainer = new_trainer(directory, Tagger, rows(), collate, options={"model_init": None}, eval_strategy="epoch")
+        trainer.model_init = lambda trial=None: new_model(Tagger)
+        trainer.compute_metrics = Recorder()
+        values = []
+        best = trainer.hyperparameter_search(
+            hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 0.01, 0.1)},
+            compute_objective=lambda metrics: values.append(metrics["eval_loss"]) or metrics["eval_loss"],
+            n_trials=2,
+            direction="minimize",
+            backend="optuna",
+            sampler=optuna.samplers.RandomSampler(seed=0),
+        )
+        return best, values
+
+    best, values = search(tmp_path / "packed", packed_batch)
+    with stock():
+        expected, also = search(tmp_path / "padded", padded_batch)
+    assert best.run_id == expected.run_id
+    assert best.hyperparameters == expected.hyperparameters
+    assert values == pytest.approx(also, rel=1e-4)
+    assert best.objective == pytest.approx(expected.objective, rel=1e-4)
 
 
 # --- what would be wrong in silence ---------------------------------------------------------------------

@@ -40,7 +40,7 @@ CACHE = Path(tempfile.gettempdir()) / "hf_packfix_matrix"
 OLDEST_TORCH = "2.0.1"
 
 #: What the tests import besides the pair itself.
-TOOLS = ["datasets", "hypothesis", "psutil", "pytest", "pytest-timeout", "pytest-xdist"]
+TOOLS = ["datasets", "hypothesis", "optuna", "psutil", "pytest", "pytest-timeout", "pytest-xdist"]
 
 
 def requirements(pair: dict[str, str]) -> list[str]:
