@@ -17,6 +17,7 @@ import hf_packfix.rnn
 from hf_packfix import rnn
 from hf_packfix.packing.packed import with_data
 from tests.support.recurrent import (
+    HELD,
     KINDS,
     assert_as_torch,
     assert_close,
@@ -152,7 +153,7 @@ class Drop(nn.Module):
         return nn.functional.dropout(weight, 0.5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + HELD)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("how", ["dropout", "spectral_norm", "weight_norm", "old_weight_norm", "by hand", "replaced"])
 @pytest.mark.filterwarnings("ignore")

@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.utils.rnn import PackedSequence
 
 from hf_packfix import rnn
 from hf_packfix.packing.packed import with_data
 from tests.support.recurrent import (
+    HELD,
     KINDS,
     LENGTHS,
     assert_as_torch,
-    assert_close,
+    assert_equal_to_torch,
     flat,
     gradients,
     leaves,
@@ -30,55 +30,46 @@ from tests.support.recurrent import (
     new_layer,
     new_packed,
     new_state,
+    ours,
 )
-
-
-def assert_equal_to_torch(layer: nn.RNNBase, packed: PackedSequence, state: Any = None) -> None:
-    results = []
-    for function in (rnn.run, lambda layer, *args: layer(*args)):
-        torch.manual_seed(5)
-        results.append((function(layer, packed, state), torch.get_rng_state()))
-    (ours, drawn), (theirs, expected) = results
-    assert torch.equal(drawn, expected)
-    assert [type(part) for part in ours] == [type(part) for part in theirs]
-    assert all(ours[0][index] is theirs[0][index] for index in range(1, 4))
-    assert_close(flat(ours), flat(theirs))
-    inputs = leaves(layer, packed, state)
-    assert_close(gradients(flat(ours), inputs), gradients(flat(theirs), inputs))
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_results_and_gradients_are_those_of_torch(data):
     draw = data.draw
+    kind = draw(st.sampled_from(KINDS + HELD))
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     inputs, hidden = draw(st.integers(1, 5)), draw(st.integers(1, 6))
     options = {
         "num_layers": draw(st.integers(1, 3)),
         "bidirectional": draw(st.booleans()),
         "bias": draw(st.booleans()),
-        "dropout": draw(st.sampled_from([0.0, 0.4])),
+        "dropout": 0.0 if kind in HELD else draw(st.sampled_from([0.0, 0.4])),
         "batch_first": draw(st.booleans()),
         "dtype": dtype,
     }
     with warnings.catch_warnings(action="ignore"):  # dropout with one layer
-        layer = new_layer(draw(st.sampled_from(KINDS)), inputs, hidden, **options)
+        layer = new_layer(kind, inputs, hidden, **options)
     layer.train(draw(st.booleans()))
     for parameter in layer.parameters():
         parameter.requires_grad_(draw(st.sampled_from([True, True, False])))
     lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=6))
     packed = new_packed([2, *lengths], inputs, is_sorted=draw(st.booleans()), dtype=dtype)
-    packed.data.requires_grad_(not leaves(layer, packed)[1:] or draw(st.booleans()))
-    state = new_state(layer, 1 + len(lengths)) if draw(st.booleans()) else None
-    assert_equal_to_torch(layer, packed, state)
+    # On a CPU, ours run only what needs a gradient.
+    packed.data.requires_grad_((kind in KINDS and not leaves(layer, packed)[1:]) or draw(st.booleans()))
+    takes_state = kind != "held LSTM" or not layer.bidirectional
+    state = new_state(layer, 1 + len(lengths)) if takes_state and draw(st.booleans()) else None
+    which = draw(st.sampled_from([slice(None), slice(1), slice(1, None)]))
+    assert_equal_to_torch(kind, layer, packed, state, which)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + HELD)
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_long_sequences(kind, bidirectional):
+def test_long_sequences_and_long_padding(kind, bidirectional):
     layer = new_layer(kind, 16, 32, bidirectional=bidirectional, num_layers=2, dtype=torch.float32)
-    packed = new_packed([300, 4, 55, 120, 30, 7, 30, 299], 16, dtype=torch.float32)
-    assert_equal_to_torch(layer, packed, new_state(layer, 8))
+    packed = new_packed([300, 4, 55, 120, 30, 7, 30, 299, 1], 16, dtype=torch.float32)
+    assert_equal_to_torch(kind, layer, packed, None if kind in HELD else new_state(layer, 9))
 
 
 # --- what may be changed between forward and backward ---------------------------------------------------
@@ -93,7 +84,7 @@ IN_PLACE = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + HELD)
 @pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2}], ids=str)
 def test_every_result_may_be_changed_in_place(kind, change, options):
@@ -103,7 +94,7 @@ def test_every_result_may_be_changed_in_place(kind, change, options):
         change(results[index])
         return [*results, *gradients(results, leaves(layer, packed))]
 
-    for index in range(3 if kind == "LSTM" else 2):
+    for index in range(3 if kind.endswith("LSTM") else 2):
         assert_as_torch(lambda layer, index=index: case(layer, index), kind, **options)
 
 
@@ -222,29 +213,27 @@ def test_a_penalty_on_the_gradient(kind, bidirectional, bias):
     assert_as_torch(case, kind, num_layers=2, bidirectional=bidirectional, bias=bias)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + HELD)
 def test_gradgradcheck(kind):
-    layer = new_layer(kind, 2, 2, bidirectional=True)
-    packed, state = new_packed([2, 3, 1], 2), new_state(layer, 3)
-    states = [*state] if kind == "LSTM" else [state]
+    layer = new_layer(kind, 2, 2, bidirectional=True, num_layers=2 if kind in HELD else 1)
+    packed = new_packed([2, 3, 1], 2)
+    inputs = leaves(layer, packed, None if kind in HELD else new_state(layer, 3))
     names = [name for name, _ in layer.named_parameters()]
+    states = len(inputs) - 1 - len(names)
 
     def function(data: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        hx = others[:2] if kind == "LSTM" else others[0]
-        for name, value in zip(names, others[len(states) :], strict=True):
+        for name, value in zip(names, others[states:], strict=True):
             layer._flat_weights[layer._flat_weights_names.index(name)] = value
-        result = rnn.run(layer, with_data(packed, data), hx)
-        assert result is not None
-        return tuple(flat(result))
+        hx = (None, others[0], others[:2])[states]
+        return tuple(flat(ours(kind, layer, with_data(packed, data), hx)))
 
-    inputs = [packed.data, *states, *layer.parameters()]
     layer._flat_weight_refs = [None] * len(names)  # they are set by hand
     with mock.patch.object(nn.RNNBase, "_update_flat_weights", return_value=None):
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + HELD)
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_a_vectorized_backward_and_a_dual_tensor_as_gradient(kind, bidirectional):
     def vectorized(layer: Any) -> Any:
@@ -320,21 +309,10 @@ def test_the_peak_memory_is_no_higher_than_torchs(name):
     assert ours <= 1.05 * theirs, f"{ours} KiB against {theirs} KiB"
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-@pytest.mark.parametrize("is_given", [False, True])
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
-def test_what_a_gpu_runs_as_padded_has_the_results_of_torch(kind, is_given, options):
-    layer, packed = new_layer(kind, **options), new_packed()
-    state = new_state(layer) if is_given else None
-    asked = mock.Mock(return_value=True)
-    with (
-        mock.patch("hf_packfix.rnn.stack.uses_cudnn", return_value=True),
-        mock.patch("hf_packfix.rnn.stack.is_held_faster", asked),
-        mock.patch("hf_packfix.rnn.stack.Recurrence.apply", side_effect=AssertionError("what a CPU runs")),
-    ):
-        if kind == "LSTM" and is_given and "bidirectional" in options:
-            assert rnn.run(layer, packed, state) is None
-            return
-        assert_equal_to_torch(layer, packed, state)
-        asked.return_value = False
-        assert rnn.run(layer, packed, state) is None
+def test_a_gpu_leaves_to_torch_what_it_does_not_run_faster_or_cannot_hold():
+    layer, packed = new_layer("LSTM"), new_packed()
+    with mock.patch.multiple("hf_packfix.rnn.stack", uses_cudnn=lambda _: True, is_held_faster=lambda *_: False):
+        assert rnn.run(layer, packed) is None
+    both = new_layer("LSTM", bidirectional=True)
+    with pytest.raises(AssertionError, match="left to torch"):
+        ours("held LSTM", both, packed, new_state(both))

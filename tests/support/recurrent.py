@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from hf_packfix import rnn
 
 KINDS = ["LSTM", "GRU", "tanh", "relu"]
+#: As a GPU runs them: padded, with a state that is held over the padding.
+HELD = ["held LSTM", "held GRU"]
 #: Against torch: how far apart results may be, relative to the largest of them.
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10, torch.bfloat16: 3e-2}
 LENGTHS = [3, 12, 1, 12, 7]
 
 
@@ -22,7 +26,7 @@ def new_layer(kind: str, inputs: int = 3, hidden: int = 4, **options: Any) -> nn
     options = {"dtype": torch.float64, **options}
     if kind in ("tanh", "relu"):
         return nn.RNN(inputs, hidden, nonlinearity=kind, **options)
-    return getattr(nn, kind)(inputs, hidden, **options)
+    return getattr(nn, kind.removeprefix("held "))(inputs, hidden, **options)
 
 
 def new_packed(lengths: list[int] = LENGTHS, inputs: int = 3, *, is_sorted: bool = False, **options: Any):
@@ -71,13 +75,23 @@ def assert_close(found: Any, expected: Any) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE[theirs.dtype] * scale, equal_nan=True)
 
 
+def ours(kind: str, layer: nn.RNNBase, packed: PackedSequence, hx: Any = None) -> tuple[PackedSequence, Any]:
+    """Return what our operators return: those of a CPU, or for a kind of ``HELD`` those of a GPU."""
+    with mock.patch.multiple(
+        "hf_packfix.rnn.stack", uses_cudnn=lambda _: kind in HELD, is_held_faster=lambda *_: True
+    ):
+        result = rnn.run(layer, packed, hx)
+    assert result is not None, "left to torch"
+    return result
+
+
 def outcomes(case: Callable[[Any], Any], kind: str, **options: Any) -> list[Any]:
     """Return what a case does with our layer, which must run our operators, and with torch's: tensors or the error."""
     found = []
     for faster in (True, False):
         layer = new_layer(kind, **options)
         if faster:
-            layer.forward = ours(layer)  # type: ignore[method-assign]
+            layer.forward = functools.partial(ours, kind, layer)  # type: ignore[method-assign]
         torch.manual_seed(4)
         try:
             found.append(case(layer))
@@ -88,18 +102,25 @@ def outcomes(case: Callable[[Any], Any], kind: str, **options: Any) -> list[Any]
 
 def assert_as_torch(case: Callable[[Any], Any], kind: str, **options: Any) -> None:
     found, expected = outcomes(case, kind, **options)
-    assert (type(found), found) == (type(expected), expected) if isinstance(expected, str) else True, (found, expected)
-    if not isinstance(expected, str):
+    if isinstance(expected, str):
+        assert found == expected
+    else:
         assert not isinstance(found, str), found
         assert_close(found, expected)
 
 
-def ours(layer: nn.RNNBase) -> Callable[..., Any]:
-    """Return a ``forward`` that fails if anything is left to torch."""
-
-    def forward(packed: Any, hx: Any = None) -> Any:
-        result = rnn.run(layer, packed, hx)
-        assert result is not None, "left to torch"
-        return result
-
-    return forward
+def assert_equal_to_torch(
+    kind: str, layer: nn.RNNBase, packed: PackedSequence, state: Any = None, which: slice = slice(None)
+) -> None:
+    """Compare results, the gradients of those in ``which``, and what was drawn."""
+    results = []
+    for function in (functools.partial(ours, kind), lambda layer, *args: layer(*args)):
+        torch.manual_seed(5)
+        results.append((function(layer, packed, state), torch.get_rng_state()))
+    (found, drawn), (theirs, expected) = results
+    assert torch.equal(drawn, expected)
+    assert [type(part) for part in found] == [type(part) for part in theirs]
+    assert all(found[0][index] is theirs[0][index] for index in range(1, 4))
+    assert_close(flat(found), flat(theirs))
+    if inputs := leaves(layer, packed, state):
+        assert_close(gradients(flat(found)[which], inputs), gradients(flat(theirs)[which], inputs))
