@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     Seq2SeqTrainer,
@@ -23,14 +24,26 @@ from transformers import (
 import hf_packfix.models
 from hf_packfix.models import (
     RecurrentConfig,
+    RecurrentEncoderDecoder,
     RecurrentForCausalLM,
     RecurrentForSequenceClassification,
     RecurrentForTokenClassification,
     RecurrentModel,
 )
-from tests.support.layouts import CLOSE, LAYOUTS, arrange, assert_same_step, run, sequences_of
+from tests.support.layouts import (
+    CELLS,
+    CLOSE,
+    LAYOUTS,
+    arrange,
+    assert_first_step,
+    assert_same_step,
+    new_model,
+    run,
+    sequences_of,
+    smoothed,
+    tokens,
+)
 from tests.support.oracle import (
-    arguments,
     assert_same_run,
     assert_training_equals_padded,
     compiles,
@@ -43,20 +56,7 @@ from tests.support.oracle import (
 )
 
 V, H, C = 13, 6, 3
-CELLS = ["rnn", "lstm", "gru"]
 SHAPES = [(1, False), (2, False), (1, True), (2, True)]
-
-
-def build(kind, cell="gru", layers=1, bidirectional=False, **changes):
-    torch.manual_seed(0)
-    fields = {"vocab_size": V, "embedding_size": 5, "hidden_size": H, "num_labels": C, **changes}
-    config = RecurrentConfig(cell, num_hidden_layers=layers, bidirectional=bidirectional, **fields)
-    return kind(config)
-
-
-def tokens(lengths=(3, 7, 1, 7, 4), seed=0, high=V):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(high, (n,), generator=generator) for n in lengths]
 
 
 # --- the same in every layout ---------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def tokens(lengths=(3, 7, 1, 7, 4), seed=0, high=V):
 @pytest.mark.parametrize(("layers", "bidirectional"), SHAPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_bare_model_equals_a_loop_over_steps(cell, layers, bidirectional, layout):
-    model = build(RecurrentModel, cell, layers, bidirectional)
+    model = new_model(RecurrentModel, cell, layers, bidirectional=bidirectional)
     ids = tokens()
     inputs, mask = arrange(layout, ids)
     output = model(inputs, mask)
@@ -89,7 +89,7 @@ def test_the_bare_model_equals_a_loop_over_steps(cell, layers, bidirectional, la
 @pytest.mark.parametrize(("layers", "bidirectional"), SHAPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_token_classifier_equals_a_loop_over_steps(cell, layers, bidirectional, layout):
-    model = build(RecurrentForTokenClassification, cell, layers, bidirectional)
+    model = new_model(RecurrentForTokenClassification, cell, layers, bidirectional=bidirectional)
     ids, labels = tokens(), tokens(seed=1, high=C)
     labels[1][2] = labels[4][0] = -100
     inputs, mask = arrange(layout, ids)
@@ -104,7 +104,7 @@ def test_a_token_classifier_equals_a_loop_over_steps(cell, layers, bidirectional
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("items", [None, 50])
 def test_a_language_model_equals_a_loop_over_steps(cell, layers, layout, items):
-    model = build(RecurrentForCausalLM, cell, layers)
+    model = new_model(RecurrentForCausalLM, cell, layers)
     ids = tokens()
     labels = [row.clone() for row in ids]
     labels[1][3] = -100
@@ -135,7 +135,7 @@ PROBLEMS = {
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_a_sequence_classifier_equals_a_loop_over_steps(cell, layers, bidirectional, layout, problem):
     count, labels, criterion = PROBLEMS[problem]
-    model = build(RecurrentForSequenceClassification, cell, layers, bidirectional, num_labels=count)
+    model = new_model(RecurrentForSequenceClassification, cell, layers, bidirectional=bidirectional, num_labels=count)
     ids = tokens()
     inputs, mask = arrange(layout, ids)
     output = model(inputs, mask, labels=labels)
@@ -149,7 +149,7 @@ def test_a_sequence_classifier_equals_a_loop_over_steps(cell, layers, bidirectio
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_sequence_classification_divides_by_the_items(problem):
     count, labels, criterion = PROBLEMS[problem]
-    model = build(RecurrentForSequenceClassification, num_labels=count, problem_type=problem)
+    model = new_model(RecurrentForSequenceClassification, num_labels=count, problem_type=problem)
     inputs, _ = arrange("packed", tokens())
     output = model(inputs, labels=labels, num_items_in_batch=torch.tensor(40))
     torch.testing.assert_close(output.loss, criterion(output.logits, labels) * labels.numel() / 40, **CLOSE)
@@ -158,7 +158,7 @@ def test_sequence_classification_divides_by_the_items(problem):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_features_are_read_in_the_dtype_of_the_weights(layout, dtype):
-    model = build(RecurrentForSequenceClassification, "lstm", vocab_size=None, embedding_size=None, input_size=12)
+    model = new_model(RecurrentForSequenceClassification, "lstm", vocab_size=None, embedding_size=None, input_size=12)
     assert model.main_input_name == "input_values"
     values = [torch.randn(n, 12, dtype=dtype) for n in (3, 5, 1)]
     inputs, mask = arrange(layout, values)
@@ -168,7 +168,7 @@ def test_features_are_read_in_the_dtype_of_the_weights(layout, dtype):
 
 
 def test_no_mask_and_a_mask_of_ones_read_every_step():
-    model = build(RecurrentModel)
+    model = new_model(RecurrentModel)
     ids = torch.stack(tokens((4, 4)))
     expected = torch.stack([run(model.rnn, model.embeddings.weight[row])[0] for row in ids])
     for mask in (None, torch.ones(2, 4), torch.ones(2, 4, dtype=torch.bool)):
@@ -177,7 +177,7 @@ def test_no_mask_and_a_mask_of_ones_read_every_step():
 
 def test_reading_in_two_parts_equals_reading_at_once():
     for cell in CELLS:
-        model = build(RecurrentModel, cell, layers=2)
+        model = new_model(RecurrentModel, cell, layers=2)
         ids = torch.stack(tokens((6, 6, 6)))
         whole = model(ids)
         first = model(ids[:, :4])
@@ -190,7 +190,7 @@ def test_reading_in_two_parts_equals_reading_at_once():
 
 
 def test_dropout_acts_between_layers_while_training():
-    model = build(RecurrentModel, layers=2, dropout=0.5)
+    model = new_model(RecurrentModel, layers=2, dropout=0.5)
     inputs, _ = arrange("packed", tokens())
     outputs = [model.train()(inputs).last_hidden_state.data for _ in range(2)]
     assert not torch.equal(*outputs)
@@ -202,7 +202,7 @@ def test_dropout_acts_between_layers_while_training():
 
 
 def test_packed_labels_in_another_order_are_set_right():
-    model = build(RecurrentForTokenClassification)
+    model = new_model(RecurrentForTokenClassification)
     ids, labels = tokens((4, 7, 4, 7)), tokens((4, 7, 4, 7), seed=1, high=C)
     inputs = pack_sequence(ids, enforce_sorted=False)
     expected = model(inputs, labels=pack_sequence(labels, enforce_sorted=False)).loss
@@ -216,7 +216,7 @@ def test_packed_labels_in_another_order_are_set_right():
 
 @pytest.mark.parametrize("kind", [RecurrentForTokenClassification, RecurrentForCausalLM])
 def test_labels_of_other_lengths_or_layouts_are_refused(kind):
-    model, ids = build(kind), tokens((3, 1))
+    model, ids = new_model(kind), tokens((3, 1))
     packed, (padded, mask) = pack_sequence(ids), arrange("right", ids)
     with pytest.raises(
         ValueError, match=r"packed labels must have the lengths of the inputs, \[3, 1\], found \[3, 2\]"
@@ -241,7 +241,7 @@ def test_labels_of_other_lengths_or_layouts_are_refused(kind):
     ],
 )
 def test_sequence_labels_of_another_shape_are_refused(problem, count, labels):
-    model = build(RecurrentForSequenceClassification, num_labels=count, problem_type=problem)
+    model = new_model(RecurrentForSequenceClassification, num_labels=count, problem_type=problem)
     with pytest.raises(ValueError, match=f"labels for {problem} must have shape"):
         model(torch.zeros(2, 4, dtype=torch.int64), labels=labels)
 
@@ -272,11 +272,11 @@ PACKED_IDS = pack_sequence([IDS[0]])
 )
 def test_inputs_that_do_not_fit_are_refused(fields, inputs, message):
     with pytest.raises(ValueError, match=message):
-        build(RecurrentModel, **fields)(**inputs)
+        new_model(RecurrentModel, **fields)(**inputs)
 
 
 def test_a_bidirectional_model_cannot_continue():
-    model = build(RecurrentModel, bidirectional=True)
+    model = new_model(RecurrentModel, bidirectional=True)
     ids = torch.stack(tokens((4, 4)))
     with pytest.raises(ValueError, match="bidirectional model cannot continue from a recurrent state"):
         model(ids, past_key_values=model(ids).past_key_values)
@@ -315,32 +315,38 @@ def test_a_language_model_reads_tokens_in_one_direction(fields):
 
 # --- what transformers expects of a model ---------------------------------------------------------------
 
-AUTO = [
-    (RecurrentModel, AutoModel),
-    (RecurrentForSequenceClassification, AutoModelForSequenceClassification),
-    (RecurrentForTokenClassification, AutoModelForTokenClassification),
-    (RecurrentForCausalLM, AutoModelForCausalLM),
-]
+AUTO = {
+    RecurrentModel: AutoModel,
+    RecurrentForSequenceClassification: AutoModelForSequenceClassification,
+    RecurrentForTokenClassification: AutoModelForTokenClassification,
+    RecurrentForCausalLM: AutoModelForCausalLM,
+    RecurrentEncoderDecoder: AutoModelForSeq2SeqLM,
+}
 
 
-@pytest.mark.parametrize(("kind", "auto"), AUTO)
+@pytest.mark.parametrize(("kind", "auto"), AUTO.items())
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_saved_model_loads_with_its_weights_and_configuration(tmp_path, kind, auto, cell):
-    model = build(kind, cell, layers=2, dropout=0.1, pad_token_id=0, eos_token_id=[1, 2]).eval()
+    start = {"decoder_start_token_id": 0} if kind is RecurrentEncoderDecoder else {}
+    fields = {"dropout": 0.1, "pad_token_id": 0, "eos_token_id": [1, 2], **start}
+    model = new_model(kind, cell, 2, **fields).eval()
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").exists()
     loaded = auto.from_pretrained(tmp_path).eval()
     assert type(loaded) is kind
     assert loaded.config.to_dict().keys() == AutoConfig.from_pretrained(tmp_path).to_dict().keys()
-    for field in ("cell_type", "vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "eos_token_id"):
+    for field in ("cell_type", "vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", *fields):
         assert getattr(loaded.config, field) == getattr(model.config, field)
-    inputs, _ = arrange("packed", tokens())
+    assert not start or loaded.generation_config.decoder_start_token_id == 0
+    # To the last bit the weights are the same, but not what kernels make of them: that depends on where they lie.
     assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
-    torch.testing.assert_close(loaded(inputs)[0].data, model(inputs)[0].data)
+    ids, _ = arrange("packed", tokens())
+    given = {"input_ids": ids, **({"labels": ids} if start else {})}
+    torch.testing.assert_close(loaded(**given)[0].data, model(**given)[0].data)
 
 
 def test_loading_a_body_into_a_classifier_draws_a_new_head(tmp_path):
-    body = build(RecurrentModel)
+    body = new_model(RecurrentModel)
     body.save_pretrained(tmp_path)
     torch.manual_seed(1)
     model = RecurrentForSequenceClassification.from_pretrained(tmp_path, num_labels=4)
@@ -350,7 +356,7 @@ def test_loading_a_body_into_a_classifier_draws_a_new_head(tmp_path):
 
 
 def test_tied_embeddings_stay_tied_when_loaded(tmp_path):
-    model = build(RecurrentForCausalLM, embedding_size=H, tie_word_embeddings=True)
+    model = new_model(RecurrentForCausalLM, embedding_size=H, tie_word_embeddings=True)
     assert model.lm_head.weight is model.recurrent.embeddings.weight
     model.save_pretrained(tmp_path)
     loaded = RecurrentForCausalLM.from_pretrained(tmp_path)
@@ -359,26 +365,26 @@ def test_tied_embeddings_stay_tied_when_loaded(tmp_path):
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_resized_embeddings_keep_the_logits_of_the_old_tokens(tied):
-    model = build(RecurrentForCausalLM, embedding_size=H, tie_word_embeddings=tied).eval()
-    inputs, _ = arrange("packed", tokens())
-    before = model(inputs).logits.data
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (RecurrentForCausalLM, {"embedding_size": H}),
+        (RecurrentForCausalLM, {"embedding_size": H, "tie_word_embeddings": True}),
+        (RecurrentEncoderDecoder, {}),
+    ],
+)
+def test_resized_embeddings_keep_the_logits_of_the_old_tokens(kind, fields):
+    model, ids, new = new_model(kind, **fields).eval(), torch.stack(tokens((4, 4))), torch.full((1, 2), V + 2)
+    before = model(ids, labels=ids).logits
     model.resize_token_embeddings(V + 3, mean_resizing=False)
-    assert model.config.vocab_size == V + 3
-    after = model(inputs).logits.data
-    assert after.shape[1] == V + 3
-    torch.testing.assert_close(after[:, :V], before, **CLOSE)
-    assert model(torch.full((1, 2), V + 2)).logits.shape == (1, 2, V + 3)
+    assert {module.config.vocab_size for module in model.modules() if hasattr(module, "config")} == {V + 3}
+    torch.testing.assert_close(model(ids, labels=ids).logits[..., :V], before, **CLOSE)
+    assert model(new, labels=new).logits.shape == (1, 2, V + 3)
 
 
 def test_gradient_checkpointing_is_refused(tmp_path):
-    trainer = Trainer(
-        build(RecurrentForTokenClassification),
-        arguments(tmp_path, gradient_checkpointing=True),
-        train_dataset=rows(),
-        data_collator=packed_batch,
-    )
+    model = new_model(RecurrentForTokenClassification)
+    trainer = new_trainer(tmp_path, model, rows(), packed_batch, gradient_checkpointing=True)
     with pytest.raises(ValueError, match=r"RecurrentForTokenClassification does not support \w+ checkpointing"):
         trainer.train()
 
@@ -386,7 +392,7 @@ def test_gradient_checkpointing_is_refused(tmp_path):
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bfloat16_gives_nearly_the_same_loss(cell, layout):
-    model = build(RecurrentForCausalLM, cell, layers=2).eval()
+    model = new_model(RecurrentForCausalLM, cell, layers=2).eval()
     inputs, mask = arrange(layout, tokens())
     expected = model(inputs, mask, labels=inputs).loss
     with torch.autocast("cpu", torch.bfloat16):
@@ -403,7 +409,7 @@ def test_bfloat16_gives_nearly_the_same_loss(cell, layout):
 @pytest.mark.skipif(not compiles(), reason="this torch does not compile here")
 @pytest.mark.parametrize("layout", ["packed", "left"])
 def test_a_compiled_model_gives_the_same_numbers(layout):
-    model = build(RecurrentForCausalLM).eval()
+    model = new_model(RecurrentForCausalLM).eval()
     inputs, mask = arrange(layout, tokens())
     expected = model(inputs, mask, labels=inputs)
     compiled = torch.compile(model, backend="eager")
@@ -414,7 +420,7 @@ def test_a_compiled_model_gives_the_same_numbers(layout):
 
 
 def test_return_dict_false_gives_a_plain_tuple():
-    model = build(RecurrentForSequenceClassification)
+    model = new_model(RecurrentForSequenceClassification)
     inputs, _ = arrange("packed", tokens())
     found = model(inputs, labels=torch.zeros(5).long(), return_dict=False)
     expected = model(inputs, labels=torch.zeros(5).long())
@@ -442,7 +448,7 @@ def test_packed_training_equals_padded_training(tmp_path, kind, labels, accumula
     options = {"gradient_accumulation_steps": accumulation, "max_grad_norm": 0.1}
 
     def model():
-        return build(kind, vocab_size=17, num_labels=4)
+        return new_model(kind, vocab_size=17, num_labels=4)
 
     # A Trainer without this attribute also counts the first label of each row, which is never predicted.
     if labels == "inputs" and "_loss_shifts_labels" not in inspect.getsource(Trainer):
@@ -452,13 +458,19 @@ def test_packed_training_equals_padded_training(tmp_path, kind, labels, accumula
         assert_training_equals_padded(tmp_path, model, data, **options)
 
 
-class InOrder(Trainer):
+class InOrder(Seq2SeqTrainer):
     def _get_train_sampler(self, *args):
         return SequentialSampler(self.train_dataset)
 
 
 # Sequences of very different lengths, some of which have nothing to predict.
 SENTENCES = tokens((1, 9, 2, 7, 3, 12, 1, 4, 5, 8))
+DATA = [{"input_ids": row} for row in SENTENCES]
+BATCHES = [SENTENCES[start : start + 3] for start in (0, 3, 6, 9)]
+
+
+def labels_of(row, high):
+    return row.where(row != 3, -100) if high is None else row % high
 
 
 def collator(layout, fill=-100, high=None):
@@ -469,7 +481,7 @@ def collator(layout, fill=-100, high=None):
 
     def collate(features):
         ids = [feature["input_ids"] for feature in features]
-        labels = [row.where(row != 3, -100) if high is None else row % high for row in ids]
+        labels = [labels_of(row, high) for row in ids]
         inputs, mask = arrange(layout, ids, fill=2)
         batch = {"input_ids": inputs, "labels": arrange(layout, labels, fill=fill)[0]}
         return batch if mask is None else {**batch, "attention_mask": mask}
@@ -477,42 +489,33 @@ def collator(layout, fill=-100, high=None):
     return collate
 
 
-PADDED = [(layout, fill) for layout in LAYOUTS[1:] for fill in (-100, 2)]
-
-
 @pytest.mark.parametrize(("kind", "high"), [(RecurrentForCausalLM, None), (RecurrentForTokenClassification, C)])
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize(("layout", "fill"), PADDED)
-def test_every_layout_trains_alike(tmp_path, kind, high, accumulation, layout, fill):
-    data = [{"input_ids": row} for row in SENTENCES]
-    options = {"gradient_accumulation_steps": accumulation, "eval_strategy": "epoch", "num_train_epochs": 1}
-    packed = train(tmp_path, build(kind), data, collator("packed", high=high), **options)
-    padded = train(tmp_path, build(kind), data, collator(layout, fill, high), **options)
-    assert_same_run(packed, padded)
-    losses = [[e["eval_loss"] for e in run.state.log_history if "eval_loss" in e] for run in (packed, padded)]
-    assert len(losses[0]) == 1
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_loss_of_accumulated_batches_is_the_mean_over_their_predictions(tmp_path, layout):
-    data = [{"input_ids": row} for row in SENTENCES]
-    options = {"gradient_accumulation_steps": 2, "num_train_epochs": 1, "trainer": InOrder}
-    found = train(tmp_path, build(RecurrentForCausalLM), data, collator(layout, 2), **options)
-    model = build(RecurrentForCausalLM)
-    # A step has two batches of three rows.
-    predictions = [model(row[None]).logits[0, :-1] for row in SENTENCES[:6]]
-    targets = [row[1:].where(row[1:] != 3, -100) for row in SENTENCES[:6]]
-    expected = cross_entropy(torch.cat(predictions), torch.cat(targets))
-    expected.backward()
-    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
-    assert found.losses[0] == pytest.approx(expected.item(), rel=1e-4)
-    assert found.grad_norms[0] == pytest.approx(norm.item(), rel=1e-4)
+@pytest.mark.parametrize("fill", [-100, 2])
+def test_the_loss_of_a_step_is_the_mean_over_all_its_predictions(tmp_path, kind, high, accumulation, layout, fill):
+    options = {"gradient_accumulation_steps": accumulation, "max_steps": 1, "trainer": InOrder}
+    trainer = new_trainer(tmp_path, new_model(kind), DATA, collator(layout, fill, high), **options)
+    evaluated = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    model = new_model(kind)
+
+    def loss(sentences):
+        logits, targets = (
+            [model(row[None]).logits[0] for row in sentences],
+            [labels_of(row, high) for row in sentences],
+        )
+        if high is None:
+            logits, targets = [row[:-1] for row in logits], [row[1:] for row in targets]
+        return cross_entropy(torch.cat(logits), torch.cat(targets))
+
+    assert_first_step(trainer, model, loss(SENTENCES[: 3 * accumulation]))
+    assert evaluated == pytest.approx(torch.stack(list(map(loss, BATCHES))).mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_labels_in_loss_are_those_that_the_logits_predict(layout):
-    model, ids = build(RecurrentForCausalLM), tokens()
+    model, ids = new_model(RecurrentForCausalLM), tokens()
     ids[1][3] = 3
     batch = collator(layout, fill=2)([{"input_ids": row} for row in ids])
     found = model.labels_in_loss(batch)
@@ -525,64 +528,27 @@ def test_labels_in_loss_are_those_that_the_logits_predict(layout):
     torch.testing.assert_close(model(**batch).loss, cross_entropy(logits, found.data.flatten()), **CLOSE)
 
 
-def smoothed(logits, targets, epsilon):
-    """Return the loss with label smoothing over logits ``[N, V]`` and targets ``[N]``."""
-    scores, targets = -logits.log_softmax(-1)[targets != -100], targets[targets != -100]
-    nll = scores[torch.arange(len(targets)), targets]
-    return ((1 - epsilon) * nll + epsilon * scores.mean(-1)).mean()
-
-
 @pytest.mark.needs_patch("transformers.trainer:Trainer.compute_loss")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fill", [-100, 2])
-def test_label_smoothing_smooths_the_next_token(tmp_path, layout, fill):
-    data = [{"input_ids": row} for row in SENTENCES]
-    trainer = new_trainer(
-        tmp_path,
-        build(RecurrentForCausalLM),
-        data,
-        collator(layout, fill),
-        trainer=InOrder,
-        max_steps=1,
-        label_smoothing_factor=0.2,
-    )
-    evaluated = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    model, losses = build(RecurrentForCausalLM), []
-    for start in range(0, len(data), 3):
-        rows = SENTENCES[start : start + 3]
-        logits = [model(row[None]).logits[0, :-1] for row in rows]
-        targets = [row[1:].where(row[1:] != 3, -100) for row in rows]
-        losses += len(rows) * [smoothed(torch.cat(logits), torch.cat(targets), 0.2)]
-    losses[0].backward()
-    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
-    (step,) = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    assert step["loss"] == pytest.approx(losses[0].item(), rel=1e-4)
-    assert float(step["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
-    assert evaluated == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_label_smoothing_with_predict_with_generate(tmp_path, layout):
-    data = [{"input_ids": row} for row in SENTENCES[1:4]]
+@pytest.mark.parametrize("generates", [False, True])
+def test_label_smoothing_smooths_the_next_token(tmp_path, layout, fill, generates):
+    changes = {"max_steps": 1, "label_smoothing_factor": 0.2, "predict_with_generate": generates}
     # With metrics: without, nothing is generated.
-    changes = {"label_smoothing_factor": 0.2, "trainer": Seq2SeqTrainer, "options": {"compute_metrics": lambda _: {}}}
-    losses = []
-    for generates in (False, True):
-        model = build(RecurrentForCausalLM, pad_token_id=0).eval()
-        trainer = new_trainer(
-            tmp_path,
-            model,
-            data,
-            collator(layout),
-            predict_with_generate=generates,
-            generation_max_length=14,
-            **changes,
-        )
-        smoother = trainer.label_smoother
-        losses.append(trainer.evaluate()["eval_loss"])
-        assert trainer.label_smoother is smoother
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    changes |= {"generation_max_length": 20, "trainer": InOrder, "options": {"compute_metrics": lambda _: {}}}
+    model = new_model(RecurrentForCausalLM, pad_token_id=0)
+    trainer = new_trainer(tmp_path, model, DATA, collator(layout, fill), **changes)
+    smoother = trainer.label_smoother
+    evaluated = trainer.evaluate()["eval_loss"]
+    assert trainer.label_smoother is smoother
+    trainer.train()
+    model, losses = new_model(RecurrentForCausalLM, pad_token_id=0), []
+    for batch in BATCHES:
+        logits = [model(row[None]).logits[0, :-1] for row in batch]
+        targets = [labels_of(row, None)[1:] for row in batch]
+        losses.append(smoothed(torch.cat(logits), torch.cat(targets), 0.2))
+    assert_first_step(trainer, model, losses[0])
+    assert evaluated == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
 
 def test_a_loss_function_of_the_user_gets_the_count_of_upstream(tmp_path):
@@ -592,17 +558,16 @@ def test_a_loss_function_of_the_user_gets_the_count_of_upstream(tmp_path):
         counts.append(int(num_items_in_batch))
         return outputs.logits.sum()
 
-    data, options = [{"input_ids": row} for row in SENTENCES], {"options": {"compute_loss_func": loss}}
-    changes = {"trainer": InOrder, "max_steps": 1}
-    train(tmp_path, build(RecurrentForCausalLM), data, collator("left", 2), **options, **changes)
+    changes = {"trainer": InOrder, "max_steps": 1, "options": {"compute_loss_func": loss}}
+    train(tmp_path, new_model(RecurrentForCausalLM), DATA, collator("left", 2), **changes)
     with stock():
-        train(tmp_path, build(RecurrentForCausalLM), data, collator("left", 2), **options, **changes)
+        train(tmp_path, new_model(RecurrentForCausalLM), DATA, collator("left", 2), **changes)
     assert counts[0] == counts[1]
 
 
 def test_evaluation_returns_logits_alone(tmp_path):
     data = [{"input_ids": row, "labels": row} for row in tokens((3, 5, 2))]
-    trainer = Trainer(build(RecurrentForCausalLM), arguments(tmp_path), data_collator=padded_batch)
+    trainer = new_trainer(tmp_path, new_model(RecurrentForCausalLM), data, padded_batch)
     assert trainer.predict(data).predictions.shape == (3, 5, V)
 
 

@@ -1,15 +1,35 @@
-"""The same sequences in every layout a recurrent model reads, and a reference that computes step by step."""
+"""Small recurrent models, the same sequences in every layout they read, and a reference that computes step by step."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from transformers import Trainer
 
+from hf_packfix.models import RecurrentEncoderDecoder
+
+CELLS = ["rnn", "lstm", "gru"]
 LAYOUTS = ["packed", "right", "left", "holes"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def new_model(kind: Any, cell: str = "gru", layers: int = 1, **changes: Any) -> Any:
+    """Return a model that reads 13 tokens into 6 units, with weights that depend on the arguments alone."""
+    torch.manual_seed(0)
+    fields = {"vocab_size": 13, "embedding_size": 5, "hidden_size": 6, "num_hidden_layers": layers, "num_labels": 3}
+    if kind is RecurrentEncoderDecoder:
+        fields |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return kind(kind.config_class(cell, **{**fields, **changes}))
+
+
+def tokens(lengths: Iterable[int] = (3, 7, 1, 7, 4), seed: int = 0, low: int = 0, high: int = 13) -> list[Tensor]:
+    """Return token ids ``[T]`` from ``low`` on and below ``high``."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(low, high, (length,), generator=generator) for length in lengths]
 
 
 def arrange(layout: str, sequences: list[Tensor], fill: float = 0) -> tuple[Any, Tensor | None]:
@@ -89,3 +109,18 @@ def assert_same_step(model: nn.Module, output: Any, mask: Tensor | None, logits:
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], gradient, msg=lambda m, n=name: f"{n}: {m}", **CLOSE)
+
+
+def smoothed(logits: Tensor, targets: Tensor, epsilon: float) -> Tensor:
+    """Return the loss with label smoothing over logits ``[N, V]`` and targets ``[N]``."""
+    scores, targets = -logits.log_softmax(-1)[targets != -100], targets[targets != -100]
+    nll = scores[torch.arange(len(targets)), targets]
+    return ((1 - epsilon) * nll + epsilon * scores.mean(-1)).mean()
+
+
+def assert_first_step(trainer: Trainer, model: nn.Module, loss: Tensor) -> None:
+    """Compare the loss and the gradient norm that a Trainer logged first with a loss that ``model`` led to."""
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    step = next(entry for entry in trainer.state.log_history if "grad_norm" in entry)
+    torch.testing.assert_close([step["loss"], float(step["grad_norm"])], [loss.item(), norm.item()], rtol=1e-4, atol=0)
