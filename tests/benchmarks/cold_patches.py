@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from statistics import median
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 import hf_packfix
 from hf_packfix import evaluation
 from hf_packfix.patches import PATCHES
-from tests.benchmarks.measure import Row, Table, difference, interleave, per_call
+from tests.benchmarks.measure import Row, Table, interleave, per_call, summary
 
 BATCH = {
     name: torch.zeros(8, 16, dtype=torch.int64) for name in ("input_ids", "attention_mask", "position_ids", "labels")
@@ -60,5 +61,7 @@ def run(quick: bool) -> Table:
                 },
                 repeats,
             )
-        rows.append(difference(samples, "with", "without", bar=2.0, label=patch.path))
+        added = [1e6 * (ours - nothings) for ours, nothings in zip(*samples.values(), strict=True)]
+        seconds = (median(samples["with"]), median(samples["without"]))
+        rows.append(summary(patch.path, "without", added, unit="µs", seconds=seconds, bar=2.0))
     return Table("Cold patches: what each adds to a call without a PackedSequence", rows, notes)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import logging
 import statistics
-import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,21 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_sequence
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer
 
 import hf_packfix
 from tests.benchmarks import long_tailed
+from tests.benchmarks.end_to_end import BATCH, CLIP, RATE, Batch, through_trainer
 from tests.benchmarks.measure import Row, Table, clock, interleave, ratio, summary
-from tests.support import oracle
 
 try:
     import lightning
 except ImportError:
     lightning = None
 
-BATCH, FEATURES, CLASSES, HIDDEN = 32, 16, 5, 64
-RATE, CLIP = 1e-3, 1.0
-Batch = dict[str, Any]
+FEATURES, CLASSES, HIDDEN = 16, 5, 64
 MASK, IN_FORWARD = "padding with a mask", "packing in forward"
 PLUGIN, FAST, LIGHTNING = "hf_packfix", "hf_packfix, fast layers", "Lightning, packing in the collator"
 
@@ -147,29 +143,21 @@ def train(way: str, rows: list[Batch]) -> float:
     """Train over the rows once; return the seconds."""
     turn_on_for(way)
     new_model, collate = WAYS[way]
-    with tempfile.TemporaryDirectory() as directory:
-        if way == LIGHTNING:
-            trainer = lightning.Trainer(
-                accelerator="cpu",
-                max_epochs=1,
-                gradient_clip_val=CLIP,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                default_root_dir=directory,
-            )
-            module, loader = lightning_module(), DataLoader(rows, BATCH, collate_fn=collate)
-            began = clock()
-            trainer.fit(module, loader)
-            return clock() - began
-        options = {"num_train_epochs": 1, "learning_rate": RATE, "max_grad_norm": CLIP, "logging_strategy": "no"}
-        arguments = oracle.arguments(directory, per_device_train_batch_size=BATCH, **options)
-        huggingface = Trainer(new_model(), arguments, collate, rows)
-        huggingface.remove_callback(PrinterCallback)
-        began = clock()
-        huggingface.train()
-        return clock() - began
+    if way != LIGHTNING:
+        return through_trainer(new_model(), rows, collate)[0]
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        gradient_clip_val=CLIP,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module, loader = lightning_module(), DataLoader(rows, BATCH, collate_fn=collate)
+    began = clock()
+    trainer.fit(module, loader)
+    return clock() - began
 
 
 def kept(way: str, batch: list[Batch]) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -66,24 +65,26 @@ class RecordingTrainer(Trainer):
 
 
 def through_trainer(
-    cell: str, rows: list[Batch], collate: Collator, *, own: bool = False
+    model: nn.Module, rows: list[Batch], collate: Collator, now: Callable[[], float] = clock, **changes: Any
 ) -> tuple[float, list[float]]:
-    """Train with the Trainer; return the seconds and the losses."""
+    """Train over the rows once with the Trainer; return the seconds and the losses."""
     with tempfile.TemporaryDirectory() as directory:
         options = {"num_train_epochs": 1, "learning_rate": RATE, "max_grad_norm": CLIP, "logging_strategy": "no"}
-        options |= {"per_device_train_batch_size": BATCH, "train_sampling_strategy": "sequential"}
+        options |= {"per_device_train_batch_size": BATCH, "train_sampling_strategy": "sequential", **changes}
         arguments = oracle.arguments(directory, **options)
-        trainer = RecordingTrainer(new_model(cell, own=own), arguments, train_dataset=rows, data_collator=collate)
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # one GPU, however many there are
+        trainer = RecordingTrainer(model, arguments, train_dataset=rows, data_collator=collate)
         trainer.remove_callback(PrinterCallback)
         trainer.losses = []
-        began = clock()
+        began = now()
         trainer.train()
-        return clock() - began, trainer.losses
+        return now() - began, trainer.losses
 
 
-def bare(cell: str, rows: list[Batch], collate: Collator) -> tuple[float, list[float]]:
+def bare(model: nn.Module, rows: list[Batch], collate: Collator) -> tuple[float, list[float]]:
     """Train with the few lines that one writes without a Trainer; return the seconds and the losses."""
-    model, losses = new_model(cell).train(), []
+    losses = []
+    model.train()
     began = clock()
     batches = DataLoader(rows, BATCH, collate_fn=collate)
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0, fused=True)
@@ -97,6 +98,11 @@ def bare(cell: str, rows: list[Batch], collate: Collator) -> tuple[float, list[f
         optimizer.zero_grad()
         losses.append(loss.item())
     return clock() - began, losses
+
+
+def furthest(losses: list[float], others: list[float]) -> float:
+    """Return how far the losses of a step are apart at most."""
+    return max(abs(ours - theirs) for ours, theirs in zip(losses, others, strict=True))
 
 
 def patches_part(cell: str, rows: list[Batch], *, own: bool) -> float:
@@ -125,7 +131,7 @@ def patches_part(cell: str, rows: list[Batch], *, own: bool) -> float:
             wrappers[name] = vars(Trainer)[name]
             setattr(Trainer, name, timed(patch.make(timed(wrappers[name].__wrapped__, -1), patch), 1))
     try:
-        total, _ = through_trainer(cell, rows, DataCollatorForPackedSequence(), own=own)
+        total, _ = through_trainer(new_model(cell, own=own), rows, DataCollatorForPackedSequence())
     finally:
         for name, wrapper in wrappers.items():
             setattr(Trainer, name, wrapper)
@@ -140,7 +146,7 @@ def run(quick: bool) -> Table:
     packed = DataCollatorForPackedSequence()
     ways = {
         PACKED: (through_trainer, packed),
-        PACKED_OWN: (partial(through_trainer, own=True), packed),
+        PACKED_OWN: (through_trainer, packed),
         IN_FORWARD: (through_trainer, with_mask),
         PADDED: (through_trainer, without_mask),
         BARE: (bare, packed),
@@ -152,7 +158,7 @@ def run(quick: bool) -> Table:
 
         def seconds(name: str, cell: str = cell, losses: dict[str, list[float]] = losses) -> float:
             train, collate = ways[name]
-            taken, losses[name] = train(cell, rows, collate)
+            taken, losses[name] = train(new_model(cell, own=name == PACKED_OWN), rows, collate)
             return taken
 
         samples = interleave({name: lambda name=name: seconds(name) for name in ways}, repeats)
@@ -169,7 +175,7 @@ def run(quick: bool) -> Table:
             bar = 0.5 if own else None
             table.append(summary(f"{cell}: the patches' own part", against, shares, unit="%", bar=bar))
         for other in (PACKED_OWN, IN_FORWARD, PADDED, BARE):
-            apart = max(abs(a - b) for a, b in zip(losses[PACKED], losses[other], strict=True))
+            apart = furthest(losses[PACKED], losses[other])
             verdict = "the same to 1e-5" if apart <= 1e-5 else "NOT the same to 1e-5"
             notes.append(f"{cell}: losses packed and {other}: {verdict} (at most {apart:.1e} apart)")
     lengths = [len(row["input_ids"]) for row in rows]

@@ -9,7 +9,6 @@ our way where the cost model (``hf_packfix/rnn/held.py``) leaves a shape to torc
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
 from torch.profiler import ProfilerActivity, profile
-from transformers import PrinterCallback, TrainingArguments
 
 import hf_packfix
 from hf_packfix import DataCollatorForPackedSequence
@@ -33,12 +31,11 @@ from tests.benchmarks.end_to_end import (
     PACKED,
     PACKED_OWN,
     PADDED,
-    RATE,
     VOCABULARY,
     Batch,
-    Collator,
-    RecordingTrainer,
+    furthest,
     new_model,
+    through_trainer,
     with_mask,
     without_mask,
 )
@@ -104,13 +101,10 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def timed(step: Callable[[], Any]) -> float:
-    """Return the seconds of a step on the wall."""
+def now() -> float:
+    """Return the time on the wall when the GPU has done what it was given."""
     wait()
-    began = time.perf_counter()
-    step()
-    wait()
-    return time.perf_counter() - began
+    return time.perf_counter()
 
 
 @contextlib.contextmanager
@@ -184,7 +178,9 @@ def samples_of(shape: Shape, ways: dict[str, Callable[[int], Tensor]], rounds: i
             with autocast(shape):
                 gradient = torch.ones_like(forward(number))  # also the first use of these sizes, which is not timed
             held._kept = (None, None)
-            return timed(step)
+            began = now()
+            step()
+            return now() - began
 
         return sample
 
@@ -205,29 +201,6 @@ def on_the_gpu(shape: Shape, forward: Callable[[int], Tensor]) -> tuple[int, flo
         wait()
     events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
     return len(events), sum(event.time_range.elapsed_us() for event in events) / 1e6
-
-
-def through_trainer(
-    cell: str, rows: list[Batch], collate: Collator, *, own: bool = False
-) -> tuple[float, list[float]]:
-    """Train with the Trainer on the GPU, on torch's own layers if asked; return the seconds and the losses."""
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = TrainingArguments(
-            directory,
-            per_device_train_batch_size=BATCH,
-            num_train_epochs=1,
-            learning_rate=RATE,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=DEVICE.type == "cpu",
-        )
-        arguments._n_gpu = 1  # one GPU, however many there are
-        trainer = RecordingTrainer(new_model(cell, own=own), arguments, train_dataset=rows, data_collator=collate)
-        trainer.remove_callback(PrinterCallback)
-        trainer.losses = []
-        return timed(trainer.train), trainer.losses
 
 
 def of_layers(shapes: list[Shape], rounds: int) -> tuple[list[Row], list[str]]:
@@ -255,14 +228,15 @@ def of_training(cell: str, rows: list[Batch], repeats: int) -> tuple[list[Row], 
     losses: dict[str, list[float]] = {}
 
     def seconds(name: str) -> float:
-        taken, losses[name] = through_trainer(cell, rows, ways[name], own=name == PACKED_OWN)
+        model = new_model(cell, own=name == PACKED_OWN)
+        taken, losses[name] = through_trainer(model, rows, ways[name], now, use_cpu=DEVICE.type == "cpu")
         return taken
 
     samples = interleave({name: lambda name=name: seconds(name) for name in ways}, repeats)
     peers = (PACKED_OWN, IN_FORWARD, PADDED)
     table = [ratio(samples, PACKED, peer, label=f"{cell}: {PACKED}") for peer in peers]
     table.append(ratio(samples, PACKED_OWN, PADDED, label=f"{cell}: {PACKED_OWN}"))
-    apart = {peer: max(abs(a - b) for a, b in zip(losses[PACKED], losses[peer], strict=True)) for peer in peers}
+    apart = {peer: furthest(losses[PACKED], losses[peer]) for peer in peers}
     return table, [f"{cell}: losses packed and {peer}: at most {value:.1e} apart" for peer, value in apart.items()]
 
 

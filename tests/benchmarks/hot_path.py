@@ -12,7 +12,6 @@ from transformers import Trainer, TrainingArguments
 import hf_packfix
 from tests.benchmarks.measure import Samples, Table, interleave, per_call, ratio
 
-META = torch.device("meta")
 FLOOR = "a wrapper that does nothing"
 
 
@@ -54,28 +53,15 @@ def trainers() -> dict[str, Trainer]:
         return {name: cls(torch.nn.Linear(1, 1), arguments) for name, cls in trainer_classes().items()}
 
 
-def ordinary(batch: Any, number: int, repeats: int) -> Samples:
-    """Return samples of preparing a batch without a PackedSequence."""
-    return interleave(
-        {
-            name: per_call("prepare(batch)", number, prepare=trainer._prepare_inputs, batch=batch)
-            for name, trainer in trainers().items()
-        },
-        repeats,
-    )
-
-
-def packed(device: torch.device | None, number: int, repeats: int) -> Samples:
-    """Return samples of moving one PackedSequence, to another device or, with None, to where it is."""
-    packed = pack_sequence([torch.ones(length, 8) for length in (3, 7, 5, 1)], enforce_sorted=False)
+def samples(names: tuple[str, ...], method: str, batch: Any, number: int, repeats: int, device: Any = None) -> Samples:
+    """Return samples of preparing a batch with these Trainers, for another device than the CPU if it is given."""
     statements = {}
     for name, trainer in trainers().items():
-        if name not in ("ours", "mixin"):
-            continue
         if device is not None:
             # Where the arguments have their device from.
             trainer.args.__dict__["_setup_devices"] = device
-        statements[name] = per_call("prepare(x)", number, prepare=trainer._prepare_input, x=packed)
+        if name in names:
+            statements[name] = per_call("prepare(batch)", number, prepare=getattr(trainer, method), batch=batch)
     return interleave(statements, repeats)
 
 
@@ -91,15 +77,16 @@ def run(quick: bool) -> Table:
         ("200 tensors in 10 lists", lists, number // 50),
         ("200 tensors in 210 dicts, tuples and lists", trees, number // 50),
     ):
-        samples = ordinary(batch, times, repeats)
+        taken = samples(("stock", "mixin", "ours", FLOOR), "_prepare_inputs", batch, times, repeats)
         rows += [
-            ratio(samples, "ours", "stock", label=f"{label}: ours", bar=1.05),
-            ratio(samples, "mixin", "stock", label=f"{label}: mixin"),
-            ratio(samples, FLOOR, "stock", label=f"{label}: {FLOOR}"),
-            ratio(samples, "ours", "mixin", label=f"{label}: ours", bar=1.0),
+            ratio(taken, "ours", "stock", label=f"{label}: ours", bar=1.05),
+            ratio(taken, "mixin", "stock", label=f"{label}: mixin"),
+            ratio(taken, FLOOR, "stock", label=f"{label}: {FLOOR}"),
+            ratio(taken, "ours", "mixin", label=f"{label}: ours", bar=1.0),
         ]
-    for label, device, bar in (("pack, nothing moves", None, 0.5), ("pack, to meta", META, None)):
-        samples = packed(device, number, repeats)
-        rows.append(ratio(samples, "ours", "mixin", label=f"{label}: ours", bar=bar))
+    packed = pack_sequence([torch.ones(length, 8) for length in (3, 7, 5, 1)], enforce_sorted=False)
+    for label, device, bar in (("pack, nothing moves", None, 0.5), ("pack, to meta", torch.device("meta"), None)):
+        taken = samples(("mixin", "ours"), "_prepare_input", packed, number, repeats, device)
+        rows.append(ratio(taken, "ours", "mixin", label=f"{label}: ours", bar=bar))
     notes = ["the mixin leaves index tensors behind if `data` moves"]
     return Table("Hot path: Trainer._prepare_inputs", rows, notes)

@@ -96,13 +96,6 @@ def ratio(samples: Samples, what: str, peer: str, *, bar: float | None = None, l
     return summary(label or what, peer, ratios, seconds=seconds, bar=bar)
 
 
-def difference(samples: Samples, what: str, peer: str, *, bar: float | None = None, label: str | None = None) -> Row:
-    """Return the row of how many microseconds more ``what`` took than ``peer`` in the same round."""
-    added = [1e6 * (ours - theirs) for ours, theirs in zip(samples[what], samples[peer], strict=True)]
-    seconds = (statistics.median(samples[what]), statistics.median(samples[peer]))
-    return summary(label or what, peer, added, unit="µs", seconds=seconds, bar=bar)
-
-
 def summary(
     what: str,
     peer: str,

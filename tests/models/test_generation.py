@@ -8,23 +8,19 @@ import pytest
 import torch
 import transformers
 from torch.nn.utils.rnn import pack_sequence
-from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from hf_packfix.models import RecurrentCache, RecurrentConfig, RecurrentForCausalLM, RecurrentModelOutput
+from hf_packfix.models import RecurrentCache, RecurrentForCausalLM, RecurrentModelOutput
 from hf_packfix.models.upstream import CACHE_NAME, CACHE_NAMES
-from tests.support.layouts import LAYOUTS, arrange, run
+from tests.support.layouts import CELLS, LAYOUTS, arrange, new_model, run, tokens
 
 PAD, EOS, V = 0, 10, 17
-CELLS, PADDED = ["rnn", "lstm", "gru"], LAYOUTS[1:]
+PADDED = LAYOUTS[1:]
 
 
 def build(cell="gru", layers=2, sharpness=8.0):
-    torch.manual_seed(0)
-    config = RecurrentConfig(
-        cell, vocab_size=V, hidden_size=12, num_hidden_layers=layers, pad_token_id=PAD, eos_token_id=EOS
-    )
-    model = RecurrentForCausalLM(config).eval()
+    fields = {"vocab_size": V, "hidden_size": 12, "embedding_size": 12, "pad_token_id": PAD, "eos_token_id": EOS}
+    model = new_model(RecurrentForCausalLM, cell, layers, **fields).eval()
     # Far from uniform and from a fixed point, so that paths differ from prompt to prompt and in length.
     with torch.no_grad():
         model.lm_head.weight *= sharpness
@@ -34,8 +30,7 @@ def build(cell="gru", layers=2, sharpness=8.0):
 
 
 def prompts(lengths=(4, 9, 1, 6, 2)):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(2, V, (n,), generator=generator) for n in lengths]
+    return tokens(lengths, low=2, high=V)
 
 
 @torch.no_grad()
@@ -185,11 +180,9 @@ def test_continuing_from_a_state_with_padded_prompts():
 
 def test_a_packed_prompt_is_continued():
     model, ids = build(), prompts()
-    for call in (
-        lambda packed: model.generate(packed, max_new_tokens=12, do_sample=False),
-        lambda packed: model.generate(input_ids=packed, max_new_tokens=12, do_sample=False),
-    ):
-        output = call(pack_sequence(ids, enforce_sorted=False))
+    packed = pack_sequence(ids, enforce_sorted=False)
+    for args, kwargs in (((packed,), {}), ((), {"input_ids": packed})):
+        output = model.generate(*args, max_new_tokens=12, do_sample=False, **kwargs)
         assert new_tokens(output, max(map(len, ids))) == [greedy(model, row, 12) for row in ids]
 
 
@@ -206,35 +199,21 @@ def test_every_step_reads_one_token(monkeypatch):
     assert seen == [inputs.shape[1], 1, 1, 1, 1]
 
 
-def test_generation_continues_from_a_returned_cache():
-    model = build(sharpness=2.0)
-    model.generation_config.eos_token_id = None
-    ids = torch.stack(prompts((5, 5)))
-    config = GenerationConfig(max_new_tokens=3, do_sample=False, return_dict_in_generate=True, pad_token_id=PAD)
-    mask = torch.ones_like(ids)
-    first = model.generate(ids, attention_mask=mask, generation_config=config)
-    again = model.generate(
-        first.sequences,
-        attention_mask=torch.ones_like(first.sequences),
-        generation_config=config,
-        past_key_values=first.past_key_values,
-    )
-    config.max_new_tokens = 6
-    at_once = model.generate(ids, attention_mask=mask, generation_config=config)
-    assert torch.equal(again.sequences, at_once.sequences)
-
-
 @pytest.mark.parametrize("name", CACHE_NAMES)
-def test_the_state_is_accepted_under_every_name(name):
-    model = build(sharpness=2.0)
+def test_a_state_of_the_model_or_of_generate_continues_under_every_name(name):
+    model, ids = build(sharpness=2.0), torch.stack(prompts((5, 5)))
     model.generation_config.eos_token_id = None
-    ids = torch.stack(prompts((5, 5)))
-    begun = model(ids[:, :4])
+
+    def generate(ids, count, **options):
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, **options)
+
+    begun, first = model(ids[:, :4]), generate(ids, 3, return_dict_in_generate=True)
     rest = model(ids[:, 4:], **{name: begun[CACHE_NAME]})
     torch.testing.assert_close(rest.logits, model(ids).logits[:, 4:])
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
-    found = model.generate(ids, **{name: begun[CACHE_NAME]}, **options)
-    assert torch.equal(found, model.generate(ids, **options))
+    whole = generate(ids, 6)
+    assert torch.equal(generate(ids, 6, **{name: begun[CACHE_NAME]}), whole)
+    assert torch.equal(generate(first.sequences, 3, **{name: first.past_key_values}), whole)
 
 
 def test_two_states_are_refused():

@@ -14,20 +14,16 @@ from torch.nn.utils.rnn import pack_sequence
 
 import hf_packfix
 from hf_packfix.models import (
-    RecurrentConfig,
     RecurrentEncoderDecoder,
-    RecurrentEncoderDecoderConfig,
     RecurrentForCausalLM,
     RecurrentForSequenceClassification,
     RecurrentForTokenClassification,
     RecurrentModel,
 )
 from hf_packfix.models.traced import run_exported, run_traced
-from tests.support.layouts import arrange, run, sequences_of
+from tests.support.layouts import CELLS, arrange, new_model, sequences_of, tokens
 
-V, H = 9, 6
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-CELLS = ["rnn", "lstm", "gru"]
 LENGTHS = (3, 7, 1, 5)
 LAYOUTS = ["right", "left", "holes"]
 #: Each kind of model, with the cell, the layers and the directions it is tried with.
@@ -42,22 +38,17 @@ KINDS: dict[type[Any], tuple[str, int, bool]] = {
 exports = pytest.mark.skipif(not hasattr(torch.onnx, "ops"), reason="this torch exports no loops")
 
 
-def build(kind: type[Any], cell: str = "", **changes: Any) -> Any:
-    torch.manual_seed(0)
+def build(kind: type[Any], cell: str = "") -> Any:
     usual, layers, bidirectional = KINDS[kind]
-    fields = {"vocab_size": V, "hidden_size": H, "num_hidden_layers": layers, "bidirectional": bidirectional}
-    fields |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **changes}
-    config = RecurrentEncoderDecoderConfig if kind is RecurrentEncoderDecoder else RecurrentConfig
-    return kind(config(cell or usual, **fields)).eval()
+    return new_model(kind, cell or usual, layers, bidirectional=bidirectional).eval()
 
 
 def batch(kind: type[Any], layout: str = "right", lengths: tuple[int, ...] = LENGTHS) -> dict[str, torch.Tensor]:
     """Return a padded batch with a mask, by the keywords of ``forward``."""
-    generator = torch.Generator().manual_seed(len(lengths))
-    ids, mask = arrange(layout, [torch.randint(3, V, (n,), generator=generator) for n in lengths])
+    ids, mask = arrange(layout, tokens(lengths, low=3))
     given = {"input_ids": ids, "attention_mask": mask}
     if kind is RecurrentEncoderDecoder:
-        given["decoder_input_ids"] = torch.randint(3, V, (len(lengths), 1 + max(lengths)), generator=generator)
+        given["decoder_input_ids"] = torch.stack(tokens([1 + max(lengths)] * len(lengths), seed=1, low=3))
     return given
 
 
@@ -100,39 +91,31 @@ ONCE_EXPORTED = pytest.param(run_exported, 2, True, True, marks=exports)
     ("function", "layers", "bidirectional", "begun"),
     [(run_traced, 1, True, False), (run_traced, 2, False, True), (run_traced, 2, True, True), ONCE_EXPORTED],
 )
-def test_a_layer_over_any_padding_equals_a_loop_over_steps(function, cell, layers, bidirectional, begun):
+def test_a_layer_over_any_padding_equals_torchs_over_each_sequence_alone(function, cell, layers, bidirectional, begun):
     torch.manual_seed(0)
     kind = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[cell]
-    layer = kind(4, H, layers, batch_first=True, bidirectional=bidirectional)
+    layer = kind(4, 6, layers, batch_first=True, bidirectional=bidirectional)
     sequences = [torch.randn(n, 4) for n in LENGTHS]
-    states = [torch.randn(layers * (1 + bidirectional), len(LENGTHS), H) for _ in range(2 if cell == "lstm" else 1)]
-    start = None if not begun else tuple(states) if cell == "lstm" else states[0]
-    expected = []
-    for row, sequence in enumerate(sequences):
-        before = [*(state[:, row] for state in states), None][:2] if begun else None
-        expected.append(run(layer, sequence, before))
-    alone = [layer(x[None], _row(start, row))[1] for row, x in enumerate(sequences)]
+    states = [torch.randn(layers * (1 + bidirectional), len(LENGTHS), 6) for _ in range(2 if cell == "lstm" else 1)]
+
+    def state_of(rows: slice) -> Any:
+        parts = tuple(state[:, rows].contiguous() for state in states)
+        return None if not begun else parts if cell == "lstm" else parts[0]
+
+    alone = [layer(x[None], state_of(slice(row, row + 1))) for row, x in enumerate(sequences)]
     for layout in LAYOUTS:
         inputs, mask = arrange(layout, sequences)
-        outputs, state = function(layer, inputs, mask.bool(), start)
+        outputs, state = function(layer, inputs, mask.bool(), state_of(slice(None)))
         assert not outputs[mask == 0].any()
-        for found, (steps, _) in zip(sequences_of(outputs, mask), expected, strict=True):
-            torch.testing.assert_close(found, steps, **CLOSE)
-        hidden = state[0] if cell == "lstm" else state
-        torch.testing.assert_close(hidden, torch.stack([final for _, final in expected], 1), **CLOSE)
-        if cell == "lstm":
-            torch.testing.assert_close(state[1], torch.cat([cells for _, cells in alone], 1), **CLOSE)
-
-
-def _row(state: Any, row: int) -> Any:
-    if isinstance(state, tuple):
-        return tuple(_row(part, row) for part in state)
-    return None if state is None else state[:, row : row + 1].contiguous()
+        for row, (found, (expected, final)) in enumerate(zip(sequences_of(outputs, mask), alone, strict=True)):
+            torch.testing.assert_close(found, expected[0], **CLOSE)
+            ends = [part[:, row : row + 1] for part in (state if cell == "lstm" else [state])]
+            torch.testing.assert_close(ends, list(final) if cell == "lstm" else [final], **CLOSE)
 
 
 @exports
 def test_dropout_acts_between_the_layers_of_an_exported_model():
-    layer, inputs = nn.GRU(4, H, 2, batch_first=True, dropout=0.5), torch.randn(2, 5, 4)
+    layer, inputs = nn.GRU(4, 6, 2, batch_first=True, dropout=0.5), torch.randn(2, 5, 4)
     expected = layer.eval()(inputs)[0]
     torch.testing.assert_close(run_exported(layer, inputs, None, None)[0], expected, **CLOSE)
     layer.train()
@@ -152,19 +135,14 @@ def test_dropout_acts_between_the_layers_of_an_exported_model():
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_trace_made_without_padding_is_right_for_any_padding(kind, cell):
     model = First(build(kind, cell)).eval()
-    traced = torch.jit.trace(model, tuple(without_padding(kind).values()), check_trace=False)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        traced = torch.jit.trace(model, tuple(without_padding(kind).values()), check_trace=False)
+    # Nothing about our own code.
+    assert [str(w.message) for w in warned if Path(w.filename).is_relative_to(Path(hf_packfix.__file__).parent)] == []
     for layout in LAYOUTS:
         given = batch(kind, layout)
         torch.testing.assert_close(traced(*given.values()), model(*given.values()), **CLOSE)
-
-
-@pytest.mark.skipif(not hasattr(torch.jit, "trace"), reason="this torch has no torch.jit.trace")
-def test_a_trace_says_nothing_about_our_own_code():
-    model = First(build(RecurrentForSequenceClassification)).eval()
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        torch.jit.trace(model, tuple(batch(RecurrentForSequenceClassification).values()), check_trace=False)
-    assert [str(w.message) for w in warned if Path(w.filename).is_relative_to(Path(hf_packfix.__file__).parent)] == []
 
 
 @exports
@@ -188,12 +166,12 @@ def test_an_exported_model_is_right_for_any_padding(kind):
 @exports
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_model_without_a_mask_reads_every_step(strict):
-    model, ids = build(RecurrentForSequenceClassification), torch.randint(3, V, (4, 6))
+    model, ids = build(RecurrentForSequenceClassification), torch.stack(tokens([6] * 4, low=3))
     # A slice of another tensor, as one takes of a data set.
     program = torch.export.export(
         model, (), {"input_ids": ids[:2]}, dynamic_shapes={"input_ids": {1: torch.export.Dim("steps")}}, strict=strict
     )
-    other = torch.randint(3, V, (2, 11))
+    other = torch.stack(tokens([11] * 2, low=3))
     torch.testing.assert_close(program.module()(input_ids=other).logits, model(other).logits, **CLOSE)
 
 
@@ -206,7 +184,7 @@ def test_a_packed_batch_is_not_exported():
 
 @exports
 def test_an_exported_language_model_continues_from_a_state():
-    model, ids = build(RecurrentForCausalLM, "lstm"), torch.randint(3, V, (2, 5))
+    model, ids = build(RecurrentForCausalLM, "lstm"), torch.stack(tokens([5] * 2, low=3))
     state = model(ids[:, :4], use_cache=True).past_key_values
     program = torch.export.export(model, (), {"input_ids": ids[:, 4:], "past_key_values": state})
     found = program.module()(input_ids=ids[:, 4:], past_key_values=state)
