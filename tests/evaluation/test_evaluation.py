@@ -83,15 +83,12 @@ def test_batches_are_kept_apart_until_the_arrays_are_asked_for():
     [(torch.float32, (2,)), (torch.int64, ()), (torch.bfloat16, (3, 2)), (torch.bool, ()), (torch.uint8, (1,))],
 )
 def test_the_arrays_are_those_of_stock(concatenations, to_cpu_after, dtype, trailing):
-    if dtype in (torch.bool, torch.uint8):  # -100 means something else there; what, is up to the caller
-        padded = [operations.pad_across_processes(tree, dim=1, pad_index=1) for tree in batches(dtype, trailing)]
-        found = collect(padded, to_cpu_after, padding_index=1)
-    else:
-        padded = [padded_tensors(tree) for tree in batches(dtype, trailing)]
-        found = collect(padded, to_cpu_after)
-        assert not concatenations
+    # -100 means something else in bytes; what, is up to the caller
+    index = 1 if dtype in (torch.bool, torch.uint8) else -100
+    padded = [operations.pad_across_processes(tree, dim=1, pad_index=index) for tree in batches(dtype, trailing)]
+    found = collect(padded, to_cpu_after, padding_index=index)
+    assert index == 1 or not concatenations
     with stock():
-        index = 1 if dtype in (torch.bool, torch.uint8) else -100
         expected = collect(padded, to_cpu_after, padding_index=index)
     assert_same_tree(found, expected)
 
@@ -185,20 +182,14 @@ def test_ordinary_batches_take_the_original_path(concatenations):
     assert concatenations
 
 
-def test_an_evaluation_concatenates_nothing(tmp_path, concatenations):
-    found = report(tmp_path, Tagger, packed_batch, rows())
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_an_evaluation_concatenates_nothing_and_reports_the_same(tmp_path, concatenations, inference_mode):
+    with torch.inference_mode(inference_mode):
+        found = report(tmp_path, Tagger, packed_batch, rows())
     assert not concatenations
     with stock():
         expected = report(tmp_path, Tagger, padded_batch, rows())
     assert concatenations
-    assert_same_report(found, expected)
-
-
-def test_an_evaluation_in_inference_mode_reports_the_same(tmp_path):
-    with torch.inference_mode():
-        found = report(tmp_path, Tagger, packed_batch, rows())
-    with stock():
-        expected = report(tmp_path, Tagger, padded_batch, rows())
     assert_same_report(found, expected)
 
 

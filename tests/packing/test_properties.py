@@ -26,6 +26,7 @@ from transformers.trainer_pt_utils import (
 from hf_packfix.packing import jagged, packed, trees
 from tests.support.oracle import stock
 from tests.support.packed_sequences import CPU, META, Pair, assert_same_fields, bare_trainer
+from tests.support.reports import assert_same_tree
 from tests.support.strategies import all_lengths, attack
 
 DTYPES = [
@@ -244,10 +245,10 @@ def test_what_evaluation_does_to_a_packed_sequence_equals_what_it_does_to_the_pa
         padded_tensors = list(map(as_tuple, padded_tensors))
         expected = nested_numpify(nested_concat(*map(nested_detach, padded_tensors), padding_index=-100))
         short = nested_numpify(nested_truncate(padded_tensors[0], limit))
-    assert_arrays(found, expected)
+    assert_same_tree(as_tuple(found), expected)
     # What is cut off may have been the longest: stock keeps the columns that only it needed.
     width = max(map(len, first[:limit]))
-    assert_arrays(truncated, keep_columns(short, width))
+    assert_same_tree(as_tuple(truncated), keep_columns(short, width))
 
 
 def as_tuple(tree: Any) -> Any:
@@ -258,17 +259,6 @@ def keep_columns(tree: Any, width: int) -> Any:
     return (
         type(tree)(keep_columns(item, width) for item in tree) if isinstance(tree, (list, tuple)) else tree[:, :width]
     )
-
-
-def assert_arrays(found: Any, expected: Any) -> None:
-    if isinstance(expected, (list, tuple)):
-        assert isinstance(found, type(expected))
-        for left, right in zip(found, expected, strict=True):
-            assert_arrays(left, right)
-    else:
-        assert found.dtype == expected.dtype
-        assert found.shape == expected.shape
-        assert (found == expected).all()
 
 
 @attack

@@ -79,16 +79,18 @@ def rows(
     return result
 
 
-def padded_batch(features: list[Row]) -> dict[str, Any]:
-    """Collate to right-padded tensors, with an attention mask and -100 behind the end of labels."""
+def _collated(features: list[Row], join: Callable[[str, list[Tensor]], Any]) -> dict[str, Any]:
+    """Stack numbers, and join what has steps."""
     batch: dict[str, Any] = {}
     for key in features[0]:
-        values = [feature[key] for feature in features]
-        if torch.as_tensor(values[0]).dim() == 0:
-            batch[key] = torch.stack([torch.as_tensor(value) for value in values])
-        else:
-            filling = -100 if "label" in key else 0
-            batch[key] = pad_sequence(values, batch_first=True, padding_value=filling)
+        values = [torch.as_tensor(feature[key]) for feature in features]
+        batch[key] = join(key, values) if values[0].dim() else torch.stack(values)
+    return batch
+
+
+def padded_batch(features: list[Row]) -> dict[str, Any]:
+    """Collate to right-padded tensors, with an attention mask and -100 behind the end of labels."""
+    batch = _collated(features, lambda key, values: pad_sequence(values, True, -100 if "label" in key else 0))
     first = next(iter(features[0]))
     batch["attention_mask"] = pad_sequence([torch.ones(len(f[first])).long() for f in features], True)
     return batch
@@ -96,14 +98,7 @@ def padded_batch(features: list[Row]) -> dict[str, Any]:
 
 def packed_batch(features: list[Row]) -> dict[str, Any]:
     """Collate to PackedSequences in the order of the rows."""
-    batch: dict[str, Any] = {}
-    for key in features[0]:
-        values = [feature[key] for feature in features]
-        if torch.as_tensor(values[0]).dim() == 0:
-            batch[key] = torch.stack([torch.as_tensor(value) for value in values])
-        else:
-            batch[key] = pack_sequence(values, enforce_sorted=False)
-    return batch
+    return _collated(features, lambda _, values: pack_sequence(values, enforce_sorted=False))
 
 
 def by_length(collate: Callable[[list[Row]], Any]) -> Callable[[list[Row]], Any]:
@@ -113,9 +108,7 @@ def by_length(collate: Callable[[list[Row]], Any]) -> Callable[[list[Row]], Any]
 
 def sorted_packed_batch(features: list[Row]) -> dict[str, Any]:
     """Collate rows that are sorted already: both index tensors are None."""
-    keys = [key for key in features[0] if torch.as_tensor(features[0][key]).dim()]
-    rest = {k: torch.stack([f[k] for f in features]) for k in features[0] if k not in keys}
-    return {k: pack_sequence([f[k] for f in features]) for k in keys} | rest
+    return _collated(features, lambda _, values: pack_sequence(values))
 
 
 # --- models ---------------------------------------------------------------------------------------------
