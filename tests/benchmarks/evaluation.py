@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,39 +111,24 @@ def in_processes(kind: str, count: int, processes: int) -> dict[str, Any]:
 def compare(counts: tuple[int, int, int], repeats: int, processes: int) -> tuple[list[Row], list[str]]:
     """Return rows and notes on predicting ``counts`` rows in both ways, in so many processes."""
     where = "" if processes == 1 else f", {processes} processes"
+    few, _, many = counts
     results: dict[str, list[dict[str, Any]]] = {}
+
+    def named(kind: str, count: int) -> str:
+        return f"{kind}, {count} rows{where}"
 
     def seconds(kind: str, count: int) -> float:
         result = in_processes(kind, count, processes)
-        results.setdefault(f"{kind}, {count} rows{where}", []).append(result)
+        results.setdefault(named(kind, count), []).append(result)
         return float(result["seconds"])
 
-    samples = interleave(
-        {
-            f"{kind}, {count} rows{where}": lambda kind=kind, count=count: seconds(kind, count)
-            for count in counts
-            for kind in (PACKED, PADDED)
-        },
-        repeats,
-        warm_up=False,  # every run is a process that has just begun
-    )
-    few, _, many = counts
-    ends = [f"{PACKED}, {count} rows{where}" for count in (many, few)]
-    # Of its own, and more often: seconds, not minutes.
-    growth = interleave(
-        {
-            name: lambda count=count: in_processes(PACKED, count, processes)["seconds"]
-            for name, count in zip(ends, (many, few), strict=True)
-        },
-        5,
-    )
-    rows: list[Row] = [
-        ratio(growth, *ends, bar=4.4),
-        ratio(samples, f"{PADDED}, {many} rows{where}", f"{PADDED}, {few} rows{where}"),
-    ]
+    ways = [(kind, count) for count in counts for kind in (PACKED, PADDED)]
+    # Every run is a process that has just begun.
+    samples = interleave({named(*way): partial(seconds, *way) for way in ways}, repeats, warm_up=False)
+    rows: list[Row] = [ratio(samples, named(PADDED, many), named(PADDED, few))]
     notes = []
     for count in counts:
-        ours, theirs = f"{PACKED}, {count} rows{where}", f"{PADDED}, {count} rows{where}"
+        ours, theirs = named(PACKED, count), named(PADDED, count)
         rows.append(ratio(samples, ours, theirs, bar=0.5 if count == many else None))
         peaks = [a["peak"] / b["peak"] for a, b in zip(results[ours], results[theirs], strict=True)]
         rows.append(summary(f"peak memory: {ours}", theirs, peaks, bar=1.0))
@@ -155,7 +141,9 @@ def compare(counts: tuple[int, int, int], repeats: int, processes: int) -> tuple
         notes.append(
             f"{count} rows{where}, logits {shape}: {'identical' if same else 'NOT identical'} bits; {memory} at most"
         )
-    return rows, notes
+    # Of its own, and more often: seconds, not minutes.
+    growth = interleave({named(PACKED, count): partial(seconds, PACKED, count) for count in (many, few)}, 5)
+    return [ratio(growth, named(PACKED, many), named(PACKED, few), bar=4.4), *rows], notes
 
 
 def run(quick: bool) -> Table:

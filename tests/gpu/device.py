@@ -7,13 +7,12 @@ shows nothing of GPUs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset
 
 from tests.support.oracle import (
     Row,
@@ -21,24 +20,16 @@ from tests.support.oracle import (
     new_trainer,
     packed_batch,
     padded_batch,
-    rows,
     stock,
 )
 
-__all__ = ["DEVICE", "ON_GPU", "Stream", "compare_evaluation", "compare_training", "on_device"]
+__all__ = ["DEVICE", "ON_GPU", "compare_evaluation", "compare_training", "on_device"]
 
 ON_GPU = torch.cuda.is_available()
 #: None if there is no GPU.
 DEVICE: Any = torch.device("cuda", 0) if ON_GPU else None
 if not ON_GPU and os.environ.get("HF_PACKFIX_TEST_GPU_ON_CPU") == "1":
     DEVICE = torch.device("cpu")
-
-
-class Stream(IterableDataset[Row]):
-    """Rows without a length."""
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(rows())
 
 
 Collator = Callable[[list[Row]], Any]
@@ -74,7 +65,6 @@ def compare_training(
         only_packed: arguments of the packed run alone.
         **changes: arguments of both.
     """
-
     found, expected = assert_training_equals_padded(
         directory, model, data, packed, padded, tolerance=tolerance, only_packed=only_packed, **on_device(**changes)
     )

@@ -12,8 +12,9 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from transformers import BatchFeature, Trainer
 
-from tests.gpu.device import DEVICE, ON_GPU, Stream, on_device
+from tests.gpu.device import DEVICE, ON_GPU, on_device
 from tests.support.oracle import Tagger, by_length, new_trainer, packed_batch, padded_batch, rows, sorted_packed_batch
+from tests.support.reports import Stream
 
 pytestmark = pytest.mark.gpu
 
@@ -62,7 +63,7 @@ class Recording(Trainer):
         return super().training_step(model, inputs, *args)
 
 
-@pytest.mark.parametrize("data", [rows(), Stream()], ids=["map-style", "dispatched"])
+@pytest.mark.parametrize("data", [rows(), Stream(rows())], ids=["map-style", "dispatched"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_of_a_training_step(tmp_path: Path, data: Any, workers: int) -> None:
     changes = {"max_steps": 3, "dataloader_num_workers": min(workers, 1) if isinstance(data, Stream) else workers}

@@ -17,6 +17,7 @@ import hf_packfix
 from hf_packfix.rnn import held
 from tests.gpu.device import DEVICE, ON_GPU, on_device
 from tests.support.oracle import Tagger, new_trainer, packed_batch, padded_batch, rows
+from tests.support.recurrent import flat
 
 pytestmark = pytest.mark.gpu
 
@@ -53,8 +54,7 @@ def place(layer: nn.RNNBase, packed: PackedSequence, **where: Any) -> tuple[nn.R
 
 
 def by_torch(layer: nn.RNNBase, packed: PackedSequence) -> Results:
-    output, state = layer(packed)
-    return [output.data, *(state if isinstance(state, tuple) else [state])]
+    return flat(layer(packed))
 
 
 def by_held(layer: nn.RNNBase, packed: PackedSequence) -> Results:

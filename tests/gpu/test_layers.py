@@ -14,15 +14,14 @@ from torch.nn.utils.rnn import pack_sequence
 import hf_packfix
 import hf_packfix.rnn
 from hf_packfix.models import (
-    RecurrentConfig,
     RecurrentEncoderDecoder,
-    RecurrentEncoderDecoderConfig,
     RecurrentForCausalLM,
     RecurrentForSequenceClassification,
     RecurrentForTokenClassification,
 )
 from tests.gpu.device import DEVICE, ON_GPU
-from tests.support.layouts import LAYOUTS, arrange, sequences_of
+from tests.support import layouts
+from tests.support.layouts import LAYOUTS, arrange, sequences_of, tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -31,7 +30,6 @@ LENGTHS = (12, 30, 7, 30, 1)
 # cuDNN adds in another order from run to run.
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}
 SHAPES: list[dict[str, Any]] = [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}]
-CELLS = ["LSTM", "GRU", "RNN"]
 
 
 @pytest.fixture(params=["torch", "hf_packfix.rnn", "fast_rnn=True"])
@@ -48,7 +46,7 @@ def final_states(states: Any) -> Tensor:
     return states[0] if isinstance(states, tuple) else states
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize("options", SHAPES, ids=str)
 def test_packed_equals_each_sequence_alone(layers: Any, cell: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
@@ -71,7 +69,7 @@ def test_packed_equals_each_sequence_alone(layers: Any, cell: str, options: dict
 
 
 @pytest.mark.skipif(not ON_GPU, reason="on a CPU these layers are not left to torch")
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 def test_layers_on_a_gpu_are_left_to_torch(cell: str) -> None:
     torch.manual_seed(0)
     layer = getattr(nn, cell)(6, 8).to(DEVICE)
@@ -81,36 +79,31 @@ def test_layers_on_a_gpu_are_left_to_torch(cell: str) -> None:
     assert type(ours(packed)[0].data.grad_fn) is type(layer(packed)[0].data.grad_fn)
 
 
-def tokens(lengths: tuple[int, ...] = (4, 9, 1, 6, 2), seed: int = 0) -> list[Tensor]:
-    """Return token ids ``[T]`` from 2 to 16."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(2, 17, (length,), generator=generator) for length in lengths]
+TOKENS = tokens((4, 9, 1, 6, 2), low=2, high=17)
 
 
 def new_model(kind: Any, cell: str) -> Any:
     """Return a model on the CPU, whose scores are far apart and depend on what it read."""
-    torch.manual_seed(0)
-    fields = {"vocab_size": 17, "hidden_size": 12, "num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": 1}
-    if kind is RecurrentEncoderDecoder:
-        return kind(RecurrentEncoderDecoderConfig(cell, bos_token_id=2, **fields)).eval()
-    model = kind(RecurrentConfig(cell, num_labels=4, **fields)).eval()
-    with torch.no_grad():
-        model.recurrent.embeddings.weight.mul_(20)
-        for parameter in model.recurrent.rnn.parameters():
-            parameter.mul_(2)
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    model = layouts.new_model(kind, cell, 2, vocab_size=17, hidden_size=12, num_labels=4, **special).eval()
+    if kind is not RecurrentEncoderDecoder:
+        with torch.no_grad():
+            model.recurrent.embeddings.weight.mul_(20)
+            for parameter in model.recurrent.rnn.parameters():
+                parameter.mul_(2)
     return model
 
 
 def run(model: Any, layout: str, device: torch.device) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     """Return the loss, the logits of every sequence, and the gradients, on the CPU."""
     model = copy.deepcopy(model).to(device)
-    inputs, mask = arrange(layout, tokens())
+    inputs, mask = arrange(layout, TOKENS)
     if isinstance(model, RecurrentForSequenceClassification):
         labels = torch.tensor([0, 2, 1, 3, 3])
     elif isinstance(model, RecurrentForTokenClassification):
-        labels = arrange(layout, [ids % 4 for ids in tokens()], fill=-100)[0]
+        labels = arrange(layout, [ids % 4 for ids in TOKENS], fill=-100)[0]
     else:
-        labels = arrange(layout, tokens(), fill=-100)[0]
+        labels = arrange(layout, TOKENS, fill=-100)[0]
     inputs, labels = inputs.to(device), labels.to(device)
     mask = None if mask is None else mask.to(device)
     output = model(inputs, attention_mask=mask, labels=labels)
@@ -146,14 +139,11 @@ def test_generate(cell: str, layout: str, options: dict[str, Any]) -> None:
         model.lm_head.weight.mul_(8)
         for parameter in model.recurrent.rnn.parameters():
             parameter.mul_(2)
-    inputs, mask = arrange(layout, tokens())
-    if layout == "packed":
-        expected = model.generate(inputs, max_new_tokens=8, do_sample=False, **options)
-        found = model.to(DEVICE).generate(inputs.to(DEVICE), max_new_tokens=8, do_sample=False, **options)
-    else:
-        options = {"max_new_tokens": 8, "do_sample": False, **options}
-        expected = model.generate(inputs, attention_mask=mask, **options)
-        found = model.to(DEVICE).generate(inputs.to(DEVICE), attention_mask=mask.to(DEVICE), **options)
+    inputs, mask = arrange(layout, TOKENS)
+    options = {"max_new_tokens": 8, "do_sample": False, **options}
+    expected = model.generate(inputs, attention_mask=mask, **options)
+    mask = None if mask is None else mask.to(DEVICE)
+    found = model.to(DEVICE).generate(inputs.to(DEVICE), attention_mask=mask, **options)
     assert found.device == DEVICE
     assert found.tolist() == expected.tolist()
     assert len({tuple(row[-8:]) for row in found.tolist()}) > 1  # not the same for every prompt
@@ -164,8 +154,8 @@ def test_an_encoder_decoder_generates(cell: str) -> None:
     model = new_model(RecurrentEncoderDecoder, cell)
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
-    sources = pack_sequence(tokens(), enforce_sorted=False)
-    targets = pack_sequence(tokens(seed=1), enforce_sorted=False)
+    sources = pack_sequence(TOKENS, enforce_sorted=False)
+    targets = pack_sequence(tokens((4, 9, 1, 6, 2), seed=1, low=2, high=17), enforce_sorted=False)
     expected = model.generate(sources, max_new_tokens=8, do_sample=False)
     expected_loss = model(sources, labels=targets).loss
     model.to(DEVICE)

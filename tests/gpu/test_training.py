@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_packfix.models import RecurrentConfig, RecurrentForTokenClassification
-from tests.gpu.device import ON_GPU, Stream, compare_training
+from tests.gpu.device import ON_GPU, compare_training
 from tests.support.oracle import (
     CLASSES,
     VOCABULARY,
@@ -24,6 +24,7 @@ from tests.support.oracle import (
     rows,
     sorted_packed_batch,
 )
+from tests.support.reports import Stream
 
 pytestmark = pytest.mark.gpu
 
@@ -88,7 +89,7 @@ def test_torch_compile(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_streaming(tmp_path: Path, dispatch: bool, workers: int) -> None:
     changes = {"max_steps": 8, "dataloader_num_workers": workers, "accelerator_config": {"dispatch_batches": dispatch}}
-    compare_training(tmp_path, Tagger, Stream(), **changes)
+    compare_training(tmp_path, Tagger, Stream(rows()), **changes)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
