@@ -170,6 +170,8 @@ def test_dtypes_with_a_common_one_promote():
     [
         ({"packed_keys": "labels"}, "packed_keys must be a collection of keys, found the string 'labels'"),
         ({"packed_keys": ["a", "b"], "tensor_keys": ["b"]}, r"must not share a key, found \['b'\]"),
+        ({"packed_keys": ["label"], "tensor_keys": ["labels"]}, r"must not share a key, found \['labels'\] in both"),
+        ({"empty": "skip"}, "empty must be 'error' or 'drop', found 'skip'"),
     ],
 )
 def test_options_that_contradict_are_refused(options, message):

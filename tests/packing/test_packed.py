@@ -213,6 +213,3 @@ def test_padding_that_does_not_fit(dtype):
     padded = packed.pad(sequences, -100, promote=True)
     assert padded.tolist() == [[1, 0, -100], [1, 1, 1]]
     assert packed.pad(sequences, 1).dtype == dtype
-
-
-# --- a default device that is not the CPU -----------------------------------------------------------------
