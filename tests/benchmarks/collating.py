@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,21 +16,12 @@ from tests.benchmarks import long_tailed
 from tests.benchmarks.measure import Row, Table, interleave, per_call, ratio
 
 BATCH, FEATURES = 64, 16
+theirs = partial(pack_sequence, enforce_sorted=False)
 
 
 def ours(rows: list[Tensor]) -> PackedSequence:
     """Pack rows without the padded tensor that ``pack_sequence`` builds on the way."""
     return from_jagged(torch.cat(rows), torch.tensor([len(row) for row in rows]))
-
-
-def theirs(rows: list[Tensor]) -> PackedSequence:
-    """Pack rows as torch does."""
-    return pack_sequence(rows, enforce_sorted=False)
-
-
-def padded(rows: list[Tensor]) -> Tensor:
-    """Pad rows as torch does."""
-    return pad_sequence(rows, batch_first=True)
 
 
 def equal(first: PackedSequence, second: PackedSequence) -> bool:
@@ -54,7 +46,7 @@ def run(quick: bool) -> Table:
             "from_jagged": (ours, values),
             "DataCollatorForPackedSequence": (collator, features),
             "pack_sequence": (theirs, values),
-            "pad_sequence": (padded, values),
+            "pad_sequence": (partial(pad_sequence, batch_first=True), values),
         }
         samples = interleave(
             {name: per_call("make(x)", number, make=make, x=x) for name, (make, x) in cases.items()}, repeats

@@ -41,8 +41,6 @@ from tests.benchmarks.end_to_end import (
 )
 from tests.benchmarks.measure import Row, Samples, Table, interleave, ratio
 
-__all__ = ["run"]
-
 DEVICE = torch.device("cuda", 0)
 OURS, FORCED, THEIRS, PADDED_LAYER = "ours", "whatever it costs", "torch's packed", "torch's padded"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

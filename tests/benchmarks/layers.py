@@ -21,8 +21,6 @@ from hf_packfix.rnn.layers import call
 from tests.benchmarks import long_tailed
 from tests.benchmarks.measure import Row, Table, clock, interleave, ratio
 
-__all__ = ["run"]
-
 OURS, PACKED, PADDED, FLOOR = "hf_packfix.rnn", "torch, packed", "torch, padded", "the matrix products"
 CELLS: dict[str, Callable[..., nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
 #: Against torch's packed and torch's padded layer, in training, of 32 to 64 sequences.

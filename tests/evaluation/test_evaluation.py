@@ -37,11 +37,12 @@ def padded_tensors(tree: Any) -> Any:
     return operations.pad_across_processes(tree, dim=1, pad_index=-100)
 
 
-def collect(trees: list[Any], to_cpu_after: tuple[int, ...] = (), *, packed: bool = True, **options: Any) -> Any:
-    """Return the arrays of a container, in an evaluation loop that has met a packed batch, or has not."""
-    with evaluation.running(evaluation.Loop(packed=packed)):
+def collect(trees: list[Any], to_cpu_after: tuple[int, ...] = (), *, first_packed: int = 0, **options: Any) -> Any:
+    """Return the arrays of a container, in an evaluation loop that meets a packed batch at this place, if at all."""
+    with evaluation.running(evaluation.Loop()) as loop:
         container = EvalLoopContainer(**options)
         for number, tree in enumerate(trees):
+            loop.packed = number >= first_packed
             container.add(tree)
             if number in to_cpu_after:
                 container.to_cpu_and_numpy()
@@ -159,14 +160,7 @@ def test_memory_that_is_used_again_for_the_next_batch_spoils_nothing(tmp_path):
 @pytest.mark.parametrize("to_cpu_after", [(), (0,), (1,)])
 def test_batches_before_the_first_packed_one_are_kept(to_cpu_after):
     trees = [padded_tensors(tree) for tree in batches()]
-    with evaluation.running(evaluation.Loop()) as loop:
-        container = EvalLoopContainer()
-        for number, tree in enumerate(trees):
-            loop.packed = number >= 2
-            container.add(tree)
-            if number in to_cpu_after:
-                container.to_cpu_and_numpy()
-        found = container.get_arrays()
+    found = collect(trees, to_cpu_after, first_packed=2)
     with stock():
         expected = collect(trees, to_cpu_after)
     assert_same_tree(found, expected)
@@ -178,7 +172,7 @@ def test_without_concatenation_the_batches_stay_apart():
 
 
 def test_ordinary_batches_take_the_original_path(concatenations):
-    collect([padded_tensors(tree) for tree in batches()], packed=False)
+    collect([padded_tensors(tree) for tree in batches()], first_packed=len(LENGTHS))
     assert concatenations
 
 

@@ -23,16 +23,11 @@ from tests.support.oracle import (
     stock,
 )
 
-__all__ = ["DEVICE", "ON_GPU", "compare_evaluation", "compare_training", "on_device"]
-
 ON_GPU = torch.cuda.is_available()
 #: None if there is no GPU.
 DEVICE: Any = torch.device("cuda", 0) if ON_GPU else None
 if not ON_GPU and os.environ.get("HF_PACKFIX_TEST_GPU_ON_CPU") == "1":
     DEVICE = torch.device("cpu")
-
-
-Collator = Callable[[list[Row]], Any]
 
 
 def on_device(**changes: Any) -> dict[str, Any]:
@@ -43,31 +38,9 @@ def on_device(**changes: Any) -> dict[str, Any]:
     return {"use_cpu": not ON_GPU, "optim": "sgd", "learning_rate": 0.5, **changes}
 
 
-def compare_training(
-    directory: Path,
-    model: Callable[[], nn.Module],
-    data: Any,
-    *,
-    packed: Collator = packed_batch,
-    padded: Collator = padded_batch,
-    tolerance: float = 1e-4,
-    only_packed: dict[str, Any] | None = None,
-    **changes: Any,
-) -> None:
-    """Train on packed batches, and on padded ones without the plugin; compare losses, gradient norms and weights.
-
-    Args:
-        directory: the output directory.
-        model: the class of a new model, or a function that returns one.
-        data: the rows.
-        packed, padded: the collators.
-        tolerance: of the losses, absolute and relative.
-        only_packed: arguments of the packed run alone.
-        **changes: arguments of both.
-    """
-    found, expected = assert_training_equals_padded(
-        directory, model, data, packed, padded, tolerance=tolerance, only_packed=only_packed, **on_device(**changes)
-    )
+def compare_training(*args: Any, **options: Any) -> None:
+    """Call :func:`assert_training_equals_padded` on the device of these tests, with a tolerance of 1e-4 by default."""
+    found, expected = assert_training_equals_padded(*args, **{"tolerance": 1e-4, **on_device(**options)})
     assert found.trainer.args.device.type == DEVICE.type
     assert found.state.num_input_tokens_seen == expected.state.num_input_tokens_seen
 
@@ -87,7 +60,9 @@ def compare_evaluation(
     return found
 
 
-def _report(directory: Path, model: type[nn.Module], data: Any, collate: Collator, **changes: Any) -> dict[str, Any]:
+def _report(
+    directory: Path, model: type[nn.Module], data: Any, collate: Callable[[list[Row]], Any], **changes: Any
+) -> dict[str, Any]:
     seen: list[dict[str, Any]] = []
 
     def metrics(prediction: Any) -> dict[str, float]:
