@@ -1,4 +1,4 @@
-"""``generate()`` with the recurrent state carried along equals a loop that recomputes everything."""
+"""``generate()`` with the recurrent state carried along equals what is generated with everything computed again."""
 
 from __future__ import annotations
 
@@ -41,25 +41,11 @@ def next_scores(model, ids):
 
 
 def greedy(model, ids, count):
-    """Return the tokens that follow, padded to ``count``."""
+    """Return the ``count`` tokens that follow, or those up to the end, by a loop that recomputes everything."""
     new = []
     while len(new) < count and EOS not in new:
         new.append(int(next_scores(model, torch.cat([ids, torch.tensor(new, dtype=ids.dtype)])).argmax()))
     return new
-
-
-def beams(model, ids, count, width):
-    """Return the best of ``width`` beams, by the mean log-probability of its tokens."""
-    running, finished = [([], 0.0)], []
-    for _ in range(count):
-        grown = []
-        for new, score in running:
-            scores = next_scores(model, torch.cat([ids, torch.tensor(new, dtype=ids.dtype)]))
-            grown += [([*new, token], score + float(scores[token])) for token in range(V)]
-        grown.sort(key=lambda beam: -beam[1])
-        finished += [beam for beam in grown[:width] if beam[0][-1] == EOS]
-        running = [beam for beam in grown if beam[0][-1] != EOS][:width]
-    return max(finished + running, key=lambda beam: beam[1] / len(beam[0]))[0]
 
 
 def new_tokens(output, width):
@@ -100,36 +86,42 @@ def prompts_kept(output, inputs):
     return torch.equal(output[:, : inputs.shape[1]], inputs.repeat_interleave(len(output) // len(inputs), dim=0))
 
 
+WAYS = {
+    "greedily": {"max_new_tokens": 12},
+    "in beams": {"max_new_tokens": 6, "num_beams": 3, "early_stopping": "never", "num_return_sequences": 2},
+    "without repeats": {"max_new_tokens": 12, "no_repeat_ngram_size": 2},
+}
+
+
+def alone(model, ids, **options):
+    """Return what upstream generates for each prompt by itself, from all its tokens at every step."""
+    found = []
+    for row in ids:
+        found += new_tokens(model.generate(row[None], use_cache=False, do_sample=False, **options), len(row))
+    return found
+
+
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize(("layers", "masked"), [(1, True), (2, True), (2, False)])
+@pytest.mark.parametrize(
+    ("way", "layers", "masked"),
+    [("greedily", 1, True), ("greedily", 2, False), *((way, 2, True) for way in WAYS)],
+)
 @pytest.mark.parametrize("layout", PADDED)
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_greedy_search_equals_the_loop_wherever_the_padding_stands(cell, layers, layout, use_cache, masked):
-    model, ids = build(cell, layers), prompts()
+def test_searching_equals_each_prompt_alone_wherever_the_padding_stands(cell, layers, layout, use_cache, masked, way):
+    model, options = build(cell, layers, sharpness=3.0 if way == "in beams" else 8.0), WAYS[way]
+    ids = [*prompts(), torch.tensor([3, 4, 5, 3]), torch.tensor([6, 7, 6, 7, 8, 6]), torch.tensor([9, 9])]
     inputs, mask = arrange(layout, ids, fill=PAD)
     # Without a mask, the token of padding tells where it is.
     given = {"attention_mask": mask} if masked else {}
     before = inputs.clone()
-    output = model.generate(inputs, max_new_tokens=12, do_sample=False, use_cache=use_cache, **given)
-    expected = [greedy(model, row, 12) for row in ids]
+    output = model.generate(inputs, do_sample=False, use_cache=use_cache, **options, **given)
+    expected = alone(model, ids, **options)
     assert new_tokens(output, inputs.shape[1]) == expected
     assert layers == 1 or len({len(row) for row in expected}) > 1  # some end before others
+    assert way == "greedily" or expected != alone(model, ids, max_new_tokens=options["max_new_tokens"])
     assert prompts_kept(output, before)
     assert torch.equal(inputs, before)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("layout", PADDED)
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_beam_search_equals_the_loop_wherever_the_padding_stands(cell, layout, use_cache):
-    model, ids = build(cell, sharpness=3.0), prompts()
-    inputs, mask = arrange(layout, ids, fill=PAD)
-    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "early_stopping": "never"}
-    output = model.generate(inputs, attention_mask=mask, use_cache=use_cache, num_return_sequences=2, **options)
-    expected = [beams(model, row, 6, width=3) for row in ids]
-    assert new_tokens(output[::2], inputs.shape[1]) == expected
-    assert expected != [greedy(model, row, 6) for row in ids]
-    assert prompts_kept(output, inputs)
 
 
 @pytest.mark.parametrize("layout", PADDED)
@@ -144,19 +136,6 @@ def test_what_is_drawn_depends_neither_on_the_padding_nor_on_the_cache(layout, u
         assert prompts_kept(output, inputs)
         drawn.append(output[:, inputs.shape[1] :])
     assert torch.equal(*drawn)
-
-
-@pytest.mark.parametrize("layout", PADDED)
-def test_what_may_not_be_repeated_does_not_depend_on_the_padding(layout):
-    model, ids = build(), [torch.tensor([3, 4, 5, 3]), torch.tensor([6, 7, 6, 7, 8, 6]), torch.tensor([9, 9])]
-    inputs, mask = arrange(layout, ids, fill=PAD)
-    options = {"max_new_tokens": 8, "do_sample": False, "no_repeat_ngram_size": 2}
-    output = model.generate(inputs, attention_mask=mask, **options)
-    alone = [model.generate(row[None], attention_mask=torch.ones_like(row)[None], **options)[0] for row in ids]
-    expected = [new_tokens(row[None], len(ids[place]))[0] for place, row in enumerate(alone)]
-    assert new_tokens(output, inputs.shape[1]) == expected
-    del options["no_repeat_ngram_size"]
-    assert new_tokens(model.generate(inputs, attention_mask=mask, **options), inputs.shape[1]) != expected
 
 
 def test_continuing_from_a_state_with_padded_prompts():
