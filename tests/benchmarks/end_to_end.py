@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ import hf_packfix
 from hf_packfix import DataCollatorForPackedSequence, patches
 from hf_packfix.models import RecurrentConfig, RecurrentForTokenClassification
 from tests.benchmarks import long_tailed
-from tests.benchmarks.measure import Row, Table, clock, interleave, ratio, summary
+from tests.benchmarks.measure import Row, Samples, Table, clock, interleave, ratio, summary
 from tests.support import oracle
 
 BATCH, VOCABULARY, LABELS = 32, 100, 10
@@ -100,6 +101,20 @@ def bare(model: nn.Module, rows: list[Batch], collate: Collator) -> tuple[float,
     return clock() - began, losses
 
 
+def in_turn(
+    cell: str, rows: list[Batch], ways: dict[str, tuple[Callable[..., Any], Collator]], repeats: int
+) -> tuple[Samples, dict[str, list[float]]]:
+    """Return the seconds of training in each way, and the losses of each way's last run."""
+    losses: dict[str, list[float]] = {}
+
+    def seconds(name: str) -> float:
+        train, collate = ways[name]
+        taken, losses[name] = train(new_model(cell, own=name == PACKED_OWN), rows, collate)
+        return taken
+
+    return interleave({name: partial(seconds, name) for name in ways}, repeats), losses
+
+
 def furthest(losses: list[float], others: list[float]) -> float:
     """Return how far the losses of a step are apart at most."""
     return max(abs(ours - theirs) for ours, theirs in zip(losses, others, strict=True))
@@ -154,14 +169,7 @@ def run(quick: bool) -> Table:
     table: list[Row] = []
     notes = []
     for cell in ("gru", "lstm"):
-        losses: dict[str, list[float]] = {}
-
-        def seconds(name: str, cell: str = cell, losses: dict[str, list[float]] = losses) -> float:
-            train, collate = ways[name]
-            taken, losses[name] = train(new_model(cell, own=name == PACKED_OWN), rows, collate)
-            return taken
-
-        samples = interleave({name: lambda name=name: seconds(name) for name in ways}, repeats)
+        samples, losses = in_turn(cell, rows, ways, repeats)
         table += [
             ratio(samples, PACKED, IN_FORWARD, label=f"{cell}: {PACKED}", bar=1.05),
             ratio(samples, PACKED, PADDED, label=f"{cell}: {PACKED}", bar=0.75),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ from tests.benchmarks.end_to_end import (
     VOCABULARY,
     Batch,
     furthest,
-    new_model,
+    in_turn,
     through_trainer,
     with_mask,
     without_mask,
@@ -221,16 +222,11 @@ def of_layers(shapes: list[Shape], rounds: int) -> tuple[list[Row], list[str]]:
 
 def of_training(cell: str, rows: list[Batch], repeats: int) -> tuple[list[Row], list[str]]:
     """Return the rows of training runs through the Trainer, and how far their losses are apart."""
-    ways = {PACKED: DataCollatorForPackedSequence(), IN_FORWARD: with_mask, PADDED: without_mask}
-    ways[PACKED_OWN] = ways[PACKED]
-    losses: dict[str, list[float]] = {}
-
-    def seconds(name: str) -> float:
-        model = new_model(cell, own=name == PACKED_OWN)
-        taken, losses[name] = through_trainer(model, rows, ways[name], now, use_cpu=DEVICE.type == "cpu")
-        return taken
-
-    samples = interleave({name: lambda name=name: seconds(name) for name in ways}, repeats)
+    train = partial(through_trainer, now=now, use_cpu=DEVICE.type == "cpu")
+    collators = {PACKED: DataCollatorForPackedSequence(), IN_FORWARD: with_mask, PADDED: without_mask}
+    collators[PACKED_OWN] = collators[PACKED]
+    ways = {name: (train, collate) for name, collate in collators.items()}
+    samples, losses = in_turn(cell, rows, ways, repeats)
     peers = (PACKED_OWN, IN_FORWARD, PADDED)
     table = [ratio(samples, PACKED, peer, label=f"{cell}: {PACKED}") for peer in peers]
     table.append(ratio(samples, PACKED_OWN, PADDED, label=f"{cell}: {PACKED_OWN}"))

@@ -117,15 +117,6 @@ def measure(cell: str, case: Case, train: bool, now: Callable[[], float], quick:
     # So that a sample takes milliseconds.
     repeats = max(1, 200 // len(batches[0].batch_sizes) // max(1, case.width // 32))
 
-    def ours(sequences: PackedSequence) -> Tensor:
-        return call(layer, sequences)[0].data
-
-    def packed(sequences: PackedSequence) -> Tensor:
-        return layer(sequences)[0].data
-
-    def padded(sequences: PackedSequence) -> Tensor:
-        return layer(pad_packed_sequence(sequences)[0])[0]
-
     def taking(function: Callable[[PackedSequence], Tensor] | None) -> Callable[[], float]:
         following = iter(batches)
 
@@ -148,8 +139,13 @@ def measure(cell: str, case: Case, train: bool, now: Callable[[], float], quick:
 
         return seconds
 
-    cases = {OURS: taking(ours), PACKED: taking(packed), PADDED: taking(padded), FLOOR: taking(None)}
-    return interleave(cases, rounds)
+    cases: dict[str, Callable[[PackedSequence], Tensor] | None] = {
+        OURS: lambda sequences: call(layer, sequences)[0].data,
+        PACKED: lambda sequences: layer(sequences)[0].data,
+        PADDED: lambda sequences: layer(pad_packed_sequence(sequences)[0])[0],
+        FLOOR: None,
+    }
+    return interleave({name: taking(function) for name, function in cases.items()}, rounds)
 
 
 def run(quick: bool) -> Table:

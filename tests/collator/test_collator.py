@@ -74,27 +74,21 @@ def test_other_mappings_are_features():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_cut_by_the_mask(side):
-    features, sequences, labels = [], [], []
-    for ids in CONTENTS:
-        blank = [0] * (6 - len(ids))
-        mask = [1] * len(ids)
-        target = [i % 3 for i in ids]
-        ignored = [-100] * len(blank)
-        features.append(
-            {
-                "input_ids": blank + ids if side == "left" else ids + blank,
-                "attention_mask": blank + mask if side == "left" else mask + blank,
-                "labels": ignored + target if side == "left" else target + ignored,
-            }
-        )
-        sequences.append(torch.tensor(ids))
-        labels.append(torch.tensor(target))
+    def padded(values, fill):
+        blank = (6 - len(values)) * [fill]
+        return blank + values if side == "left" else values + blank
+
+    targets, masks = [[i % 3 for i in ids] for ids in CONTENTS], [[1] * len(ids) for ids in CONTENTS]
+    features = [
+        {"input_ids": padded(ids, 0), "attention_mask": padded(mask, 0), "labels": padded(target, -100)}
+        for ids, mask, target in zip(CONTENTS, masks, targets, strict=True)
+    ]
     batch = collate(features)
     assert set(batch) == {"input_ids", "labels"}
-    assert_same_packed(batch["input_ids"], sequences)
-    assert_same_packed(batch["labels"], labels)
+    assert_same_packed(batch["input_ids"], list(map(torch.tensor, CONTENTS)))
+    assert_same_packed(batch["labels"], list(map(torch.tensor, targets)))
     kept = DataCollatorForPackedSequence(keep_attention_mask=True)(features)
-    assert_same_packed(kept["attention_mask"], [torch.ones(len(s)).long() for s in sequences])
+    assert_same_packed(kept["attention_mask"], list(map(torch.tensor, masks)))
 
 
 @pytest.mark.parametrize(

@@ -16,20 +16,20 @@ from datasets import Dataset
 from packaging.version import Version
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
-from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, Trainer
 
 import hf_packfix
 from hf_packfix import DataCollatorForPackedSequence, batch_size, concatenate, with_data
 from hf_packfix.activation import versions
 from hf_packfix.models import RecurrentCache, RecurrentConfig, RecurrentForSequenceClassification
 from tests.support.interpreters import python
+from tests.support.oracle import new_trainer
 from tests.support.reports import Stream
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "hf_packfix/docs/troubleshooting.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8").partition("| error | cause | cure |")[2].partition("\n\n")[0]
 ROWS = [{"x": torch.ones(2 + number, 3), "labels": number % 2} for number in range(4)]
-SHORT = [{"x": row["x"][:2], "labels": row["labels"]} for row in ROWS]
 PACKED = pack_sequence([row["x"] for row in reversed(ROWS)])
 IDS = pack_sequence([torch.tensor([1, 2])])
 
@@ -73,14 +73,9 @@ def trainer(tmp_path):
     """Return a function that makes a Trainer."""
 
     def make(model=None, rows=ROWS, collator=None, cls=Trainer, **arguments: Any) -> Trainer:
-        options = {"max_steps": 2, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
-        return cls(
-            model=Model() if model is None else model,
-            args=TrainingArguments(str(tmp_path), **{**options, **arguments}),
-            data_collator=collator or DataCollatorForPackedSequence(),
-            train_dataset=rows,
-            eval_dataset=rows,
-        )
+        usual = {"max_steps": 2, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
+        collator = collator or DataCollatorForPackedSequence()
+        return new_trainer(tmp_path, model or Model(), rows, collator, trainer=cls, **{**usual, **arguments})
 
     return make
 

@@ -103,12 +103,9 @@ def assert_same_step(model: nn.Module, output: Any, mask: Tensor | None, logits:
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         model.zero_grad()
     found = output.logits if logits[0].dim() == 1 else sequences_of(output.logits, mask)
-    for mine, expected in zip(found, logits, strict=True):
-        torch.testing.assert_close(mine, expected, **CLOSE)
+    torch.testing.assert_close([*found], logits, **CLOSE)
     torch.testing.assert_close(output.loss, loss, **CLOSE)
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[1].items():
-        torch.testing.assert_close(gradients[0][name], gradient, msg=lambda m, n=name: f"{n}: {m}", **CLOSE)
+    torch.testing.assert_close(*gradients, **CLOSE)
 
 
 def smoothed(logits: Tensor, targets: Tensor, epsilon: float) -> Tensor:

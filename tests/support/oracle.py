@@ -366,8 +366,7 @@ def assert_same_run(packed: Run, padded: Run, tolerance: float = 2e-5) -> None:
     assert len(packed.losses) == len(padded.losses) > 0
     torch.testing.assert_close(packed.losses, padded.losses, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(packed.grad_norms, padded.grad_norms, rtol=10 * tolerance, atol=tolerance)
-    for name, weight in padded.weights.items():
-        torch.testing.assert_close(packed.weights[name], weight, rtol=10 * tolerance, atol=tolerance)
+    torch.testing.assert_close(packed.weights, padded.weights, rtol=10 * tolerance, atol=tolerance)
 
 
 def assert_training_equals_padded(
