@@ -165,19 +165,13 @@ def test_dropping_trains_like_a_data_set_without_these_rows(tmp_path):
     nothing = {"input_ids": torch.ones(0).long(), "labels": torch.ones(0).long()}
     data = [row for pair in zip(rows(12), [nothing] * 12, strict=True) for row in pair]
     options = {"options": {"compute_metrics": lambda p: {"n": len(p.label_ids)}}}
-    found = train(
-        tmp_path, Tagger, data, drop, per_device_train_batch_size=24, per_device_eval_batch_size=4, **options
-    )
+
+    def sizes(train_batch: int) -> dict[str, int]:
+        return {"per_device_train_batch_size": train_batch, "per_device_eval_batch_size": train_batch // 6}
+
+    found = train(tmp_path, Tagger, data, drop, **sizes(24), **options)
     with stock():
-        expected = train(
-            tmp_path,
-            Tagger,
-            rows(12),
-            padded_batch,
-            per_device_train_batch_size=12,
-            per_device_eval_batch_size=2,
-            **options,
-        )
+        expected = train(tmp_path, Tagger, rows(12), padded_batch, **sizes(12), **options)
     assert_same_run(found, expected)
     ours, theirs = found.trainer.evaluate(), expected.trainer.evaluate()
     assert ours["eval_n"] == theirs["eval_n"] == 12
@@ -200,13 +194,8 @@ def test_ctc_loss_takes_padded_targets_with_empty_ones(order, make):
     lengths = (batch["labels"] != -100).sum(1)
     assert lengths.tolist() == [len(target) for target in targets]
     found = ctc_loss(scores, batch["labels"], steps, lengths, reduction="none")
-    expected = ctc_loss(
-        scores,
-        torch.tensor([digit for target in targets for digit in target]).long(),
-        steps,
-        lengths,
-        reduction="none",
-    )
+    joined = torch.tensor([digit for target in targets for digit in target]).long()
+    expected = ctc_loss(scores, joined, steps, lengths, reduction="none")
     torch.testing.assert_close(found, expected)
 
 

@@ -59,16 +59,9 @@ def test_sampling_draws_from_the_probabilities_of_the_loop(cell):
     model, ids = build(cell, sharpness=2.0), prompts()
     inputs, mask = arrange("left", ids, fill=PAD)
     torch.manual_seed(5)
-    output = model.generate(
-        input_ids=inputs,
-        attention_mask=mask,
-        max_new_tokens=8,
-        do_sample=True,
-        top_k=0,
-        num_return_sequences=3,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    options = {"max_new_tokens": 8, "do_sample": True, "top_k": 0, "num_return_sequences": 3}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    output = model.generate(input_ids=inputs, attention_mask=mask, **options)
     assert len(output.sequences) == 15
     drawn = new_tokens(output.sequences, inputs.shape[1])
     assert len({tuple(row) for row in drawn}) > 5
@@ -167,13 +160,13 @@ def test_a_packed_prompt_is_continued():
 
 def test_every_step_reads_one_token(monkeypatch):
     model, (inputs, mask) = build(), arrange("left", prompts(), fill=PAD)
-    seen = []
-    forward = model.recurrent.forward
-    monkeypatch.setattr(
-        model.recurrent,
-        "forward",
-        lambda ids, *args, **kwargs: seen.append(ids.shape[1]) or forward(ids, *args, **kwargs),
-    )
+    seen, forward = [], model.recurrent.forward
+
+    def counting(ids, *args, **kwargs):
+        seen.append(ids.shape[1])
+        return forward(ids, *args, **kwargs)
+
+    monkeypatch.setattr(model.recurrent, "forward", counting)
     model.generate(input_ids=inputs, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert seen == [inputs.shape[1], 1, 1, 1, 1]
 
