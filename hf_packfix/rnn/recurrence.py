@@ -4,7 +4,7 @@ torch runs and records what comes before: the product of the data with ``weight_
 ``weight_hh``, the parts of the initial state. So torch saves data and weights as in its own layers, and only if a
 gradient needs them: they may be replaced through ``.data``, and what was changed in place raises where it does there.
 
-There is one direction, from the first step to the last: for the reverse one, the caller turns the sequences around.
+It runs from the first step to the last. For the reverse direction, the caller reverses the steps of every sequence.
 
 Shapes: B sequences, N rows, b in a step, H hidden units, G gates.
 """
@@ -96,11 +96,11 @@ def _computed(ctx: Any, of_output: Tensor | None, *of_finals: Tensor | None) -> 
     befores = [schedule.states_before(*pair) for pair in zip(cell.history(*kept), starts, strict=True)]
     factors = gates.new_empty(schedule.rows, cell.columns * width)
     views = cell.backward_views(factors, befores, gates, *kept)
-    # The gradients of the hidden states after every step, to which each step adds its own for the one before; those of
-    # the initial states, the second one of which is first that of the cell state between two steps.
+    # The gradients of the hidden states after every step; each step adds to those of the step before it.
     hidden = _copy(kept[0], of_output)
     if of_finals[0] is not None:
         hidden.index_add_(0, schedule.last_rows, of_finals[0])
+    # The gradients of the initial states. While the loop runs, an LSTM's second is that of the current cell state.
     states = [torch.zeros_like(starts[0]), *(_copy(*pair) for pair in zip(starts[1:], of_finals[1:], strict=True))]
     steps = schedule.steps([hidden, *views])
     run, found, at = cell.backward, 0, ()

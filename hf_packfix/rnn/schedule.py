@@ -59,8 +59,8 @@ class Schedule:
         return _indices(self._first_row_of[self._lengths - 1] + np.arange(self.sequences))
 
     @cached_property
-    def turned(self) -> Tensor:
-        """For every row the one that takes its place if each sequence is turned around: int64 ``[N]``."""
+    def reversed_rows(self) -> Tensor:
+        """For every row, the one in its place when the steps of each sequence are reversed: int64 ``[N]``."""
         steps = np.arange(len(self.sizes)).repeat(self.sizes)
         ranks = np.arange(self.rows) - self._first_row_of[steps]
         return _indices(self._first_row_of[self._lengths[ranks] - 1 - steps] + ranks)
@@ -80,7 +80,7 @@ class Schedule:
 
     @cached_property
     def _lengths(self) -> Any:
-        """The number of steps of every rank, which are those with more rows than ranks before it."""
+        """The number of steps of every rank: of rank r, the steps that have more than r rows."""
         return len(self.sizes) - np.searchsorted(self.sizes[::-1], np.arange(self.sequences), side="right")
 
 

@@ -108,7 +108,7 @@ def _run_on_cpu(
             data = torch.dropout(data, dropout, True)
         outputs = []
         for index in range(start, start + directions):
-            order = schedule.turned if index > start else None
+            order = schedule.reversed_rows if index > start else None
             output, *final = _run_cell(mode, data, schedule, [state[index] for state in starts], cells[index], order)
             outputs.append(output)
             for all_finals, one in zip(finals, final, strict=True):
@@ -128,7 +128,7 @@ def _run_cell(
 ) -> tuple[Tensor, ...]:
     """Return the outputs ``[N, H]`` and the final states ``[B, H]`` of one layer and direction.
 
-    ``order`` is that of the rows in sequences turned around, for the reverse direction.
+    ``order`` is ``Schedule.reversed_rows`` for the reverse direction, and None for the other.
     """
     weight_ih, weight_hh, *biases = weights
     bias_ih, bias_hh = biases or (None, None)
@@ -141,7 +141,7 @@ def _run_cell(
         bias, bias_hh = bias_ih - -bias_hh, None  # type: ignore[operator]
     gates = linear(data, weight_ih, bias)
     if order is not None:
-        gates = _Turned.apply(gates, order)  # type: ignore[no-untyped-call]
+        gates = _Reversed.apply(gates, order)  # type: ignore[no-untyped-call]
     # torch saves a state only if something that it is multiplied with needs a gradient. Ours need it in any case.
     if not weight_hh.requires_grad:
         others = (gates, bias_hh, states[0])
@@ -151,11 +151,11 @@ def _run_cell(
     output, *finals = Recurrence.apply(  # type: ignore[no-untyped-call]
         CELLS[mode], schedule, gates, weight_hh.t(), bias_hh, *states
     )
-    return output if order is None else _Turned.apply(output, order), *finals  # type: ignore[no-untyped-call]
+    return output if order is None else _Reversed.apply(output, order), *finals  # type: ignore[no-untyped-call]
 
 
-class _Turned(torch.autograd.Function):
-    """``apply(rows, order)``: the rows ``[N, *]`` of sequences turned around; done twice, it is undone."""
+class _Reversed(torch.autograd.Function):
+    """``apply(rows, order)``: ``rows`` ``[N, *]`` in an order that is its own inverse, ``Schedule.reversed_rows``."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
