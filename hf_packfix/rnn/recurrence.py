@@ -124,16 +124,13 @@ def _recorded(ctx: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor |
     """
     (cell, schedule), needed = ctx.constants, ctx.needs_input_grad[2:]
     inputs, kept = ctx.saved_tensors[: 3 + cell.states], ctx.saved_tensors[3 + cell.states :]
-    gates, weight, bias, hidden, *_ = inputs
+    gates, weight, bias, *states = inputs
     is_wanted = torch.is_grad_enabled()
     with torch.no_grad():
-        of_hidden = schedule.states_before(kept[0], hidden) @ weight
+        of_hidden = schedule.states_before(kept[0], states[0]) @ weight
         product = cell.product(gates, of_hidden if bias is None else of_hidden + bias) - gates
         identity = torch.eye(gates.shape[1], dtype=gates.dtype, device="cpu")
     with torch.enable_grad():
-        # Views: one input may depend on another one, and what flows through that is not ours to add.
-        own: list[Any] = [None if value is None else value.view_as(value) for value in inputs]
-        gates, weight, bias, *states = own
         weights = [identity, weight.t(), *([] if bias is None else [torch.zeros_like(bias), bias])]
         hx = [state.unsqueeze(0) for state in states]
         output, *finals = cell.function(
@@ -145,7 +142,7 @@ def _recorded(ctx: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor |
         )
         outputs = [output, *(final[0] for final in finals)]
         given = [pair for pair in zip(outputs, gradients, strict=True) if pair[1] is not None]
-        wanted = [value for value, need in zip(own, needed, strict=True) if need]
+        wanted = [value for value, need in zip(inputs, needed, strict=True) if need]
         if not given or not wanted:
             return [None] * len(inputs)
         results, of_results = zip(*given, strict=True)
