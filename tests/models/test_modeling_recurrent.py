@@ -558,7 +558,7 @@ def test_a_loss_function_of_the_user_gets_the_count_of_upstream(tmp_path):
         counts.append(int(num_items_in_batch))
         return outputs.logits.sum()
 
-    changes = {"trainer": InOrder, "max_steps": 1, "options": {"compute_loss_func": loss}}
+    changes = {"max_steps": 1, "options": {"compute_loss_func": loss}}
     train(tmp_path, new_model(RecurrentForCausalLM), DATA, collator("left", 2), **changes)
     with stock():
         train(tmp_path, new_model(RecurrentForCausalLM), DATA, collator("left", 2), **changes)
