@@ -151,11 +151,10 @@ def _places(sizes: list[int], directions: int, like: Tensor, where: tuple[Any, .
     kept, places = _kept
     if kept == key:
         return places  # type: ignore[no-any-return]
-    steps, sequences, counts = len(sizes), sizes[0], np.array(sizes)
-    real = np.arange(sequences) < counts[:, None]
+    steps, sequences = len(sizes), sizes[0]
+    real = np.arange(sequences) < np.array(sizes)[:, None]
     rows = real.reshape(-1).nonzero()[0]
-    # As many sequences end with a step as there are fewer in the next one; those with the highest rank end first.
-    ends = np.arange(steps).repeat(counts - np.append(counts[1:], 0))[::-1] * sequences + np.arange(sequences)
+    ends = (real.sum(0) - 1) * sequences + np.arange(sequences)
     if directions == 2:
         ends = np.concatenate([2 * ends, 2 * np.arange(sequences) + 1])
     # One buffer, so that one copy moves it, from pinned memory, which nothing waits for. `Tensor.numpy` would not do:
