@@ -16,8 +16,6 @@ from hf_packfix.patches import PATCHES
 from tests.support.interpreters import TRAINS, execute
 from tests.support.patched import patch_of
 
-PATCH = patch_of("transformers.trainer:Trainer._prepare_input")
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
